@@ -1,0 +1,1 @@
+"""One baseline a file: what every table shows beside the models."""

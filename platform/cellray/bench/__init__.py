@@ -1,0 +1,1 @@
+"""Method x dataset x seed: tables, statistics, pictures."""

@@ -1,0 +1,1 @@
+"""Configuration, errors, the registry, keyed randomness and cells in motion; imports nothing else of ours."""

@@ -1,0 +1,1 @@
+"""Loading checkpoints, embedding and annotating cells."""

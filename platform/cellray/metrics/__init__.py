@@ -1,0 +1,1 @@
+"""Metrics with versioned ids: arrays in, floats out."""

@@ -1,0 +1,1 @@
+"""One family a file: its configuration, its module and its ``FAMILY``."""

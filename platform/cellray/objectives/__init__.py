@@ -1,0 +1,1 @@
+"""One training objective a file: what is hidden from the model and what the loss counts."""

@@ -1,0 +1,1 @@
+"""Job submission, estimates and the environment check."""

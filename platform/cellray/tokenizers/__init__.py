@@ -1,0 +1,1 @@
+"""One tokenizer a file: blocks of cells to ragged tokens, vectorised, never importing torch."""

@@ -1,0 +1,1 @@
+"""From batches to a checkpoint: engines, the loop, Ray Train, tracking and telemetry."""
