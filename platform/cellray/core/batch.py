@@ -28,6 +28,8 @@ class CellBatch:
         target_mask: bool of ``targets``' shape, True where a loss is counted.
         unknown_mask: (B, T) bool, True at tokens whose value is hidden (generative objectives).
         covariates: name -> (B,) int64 codes (batch, modality, perturbation, label ...).
+        step: the optimizer step the batch belongs to; 0 outside training.
+        cell_prompt: ask a generative model for a second pass prompted by the cell embedding.
     """
 
     cell_ids: Tensor
@@ -38,6 +40,8 @@ class CellBatch:
     target_mask: Tensor | None = None
     unknown_mask: Tensor | None = None
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    cell_prompt: bool = False
 
     def __len__(self) -> int:
         return int(self.cell_ids.shape[0])

@@ -1,0 +1,65 @@
+"""What an objective is: it hides part of a batch, and counts how well the model fills it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from cellray.core.batch import CellBatch
+from cellray.core.draw import Draw
+from cellray.core.section import Section
+from cellray.data.vocab import Vocab
+from cellray.models.base import ModelOutput
+
+__all__ = ["Loss", "Objective", "ObjectiveConfig", "ObjectiveUnit"]
+
+
+class ObjectiveConfig(Section):
+    """Keys every objective has; each adds its own in its own file."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss as (sum, count): divided once, after the reduction over ranks and micro-batches.
+
+    Attributes:
+        total: scalar float32 sum over the targets, differentiable.
+        num_targets: how many targets were summed; the same for ``total`` and every part.
+        parts: named sums that make up ``total`` or accompany it (accuracy counts ...), detached.
+    """
+
+    total: torch.Tensor
+    num_targets: int
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """``corrupt`` runs on the CPU beside the model, ``loss`` on the model's output."""
+
+    def corrupt(self, batch: CellBatch, draw: Draw) -> CellBatch:
+        """Return the batch with something hidden, and ``targets`` / ``target_mask`` set."""
+        ...
+
+    def loss(self, output: ModelOutput, batch: CellBatch) -> Loss:
+        """The summed loss over ``batch.target_mask``."""
+        ...
+
+
+@dataclass(frozen=True)
+class ObjectiveUnit:
+    """What an objective's module exports as ``OBJECTIVE``.
+
+    Attributes:
+        name: equals the module's name.
+        config: its configuration class.
+        build: (config, vocab) -> objective.
+    """
+
+    name: str
+    config: type[ObjectiveConfig]
+    build: Callable[[Any, Vocab], Objective]
