@@ -1,1 +1,1 @@
-"""Configuration, errors, the registry, keyed randomness and cells in motion; imports nothing else of ours."""
+"""Configuration, errors, registry, keyed draws, cells in motion; imports nothing of ours."""

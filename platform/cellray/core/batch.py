@@ -1,16 +1,17 @@
-"""A mini-batch as the model sees it.
+"""A mini-batch as the model sees it, and what the model gives back.
 
-Legend: B cells in a batch, T tokens per cell (padded to the longest of the batch).
+Legend: B cells in a batch, T tokens per cell (padded to the longest of the batch), D width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 
-__all__ = ["CellBatch"]
+__all__ = ["CellBatch", "ModelOutput"]
 
 Tensor = torch.Tensor
 
@@ -58,10 +59,25 @@ class CellBatch:
 
     def to(self, device: torch.device | str) -> CellBatch:
         """The same batch on ``device``."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         covariates = {k: v.to(device, non_blocking=True) for k, v in self.covariates.items()}
         return replace(self, covariates=covariates, **moved)
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass gives.
+
+    Shapes:
+        hidden: (B, T, D) last hidden states.
+        cell: (B, D) cell embedding used for training heads.
+        predictions: name -> tensor; each objective names the prediction it reads.
+    """
+
+    hidden: Tensor
+    cell: Tensor
+    predictions: Mapping[str, Tensor] = field(default_factory=dict)

@@ -65,4 +65,5 @@ class Draw:
         self, stream: str, cells: npt.ArrayLike, positions: npt.ArrayLike = 0
     ) -> npt.NDArray[np.float64]:
         """Uniform values in [0, 1), 53 bits each; arguments as in :meth:`bits`."""
-        return (self.bits(stream, cells, positions) >> np.uint64(11)) * 2.0**-53
+        bits = self.bits(stream, cells, positions) >> np.uint64(11)
+        return np.asarray(bits * np.float64(2.0**-53), dtype=np.float64)

@@ -145,6 +145,13 @@ def _explain(error: ValidationError) -> list[str]:
     return lines
 
 
+def _with_types(cls: type[S], types: Mapping[str, type[Section]]) -> type[S]:
+    """A subclass of ``cls`` whose plugged fields have their concrete types."""
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
+    made: type[S] = create_model(cls.__name__, __base__=cls, __module__=cls.__module__, **fields)
+    return made
+
+
 def build_section(
     cls: type[S], raw: Mapping[str, Any], *, plugs: Plugs | None = None, source: str = ""
 ) -> S:
@@ -161,15 +168,7 @@ def build_section(
             rule that does not hold.
     """
     plain = json.loads(json.dumps(raw, default=str))
-    concrete = cls
-    if plugs is not None:
-        types = plugs(plain)
-        for name, kind in types.items():
-            field = cls.model_fields[name]
-            default = ... if field.is_required() else kind()
-            concrete = create_model(
-                cls.__name__, __base__=concrete, __module__=cls.__module__, **{name: (kind, default)}  # type: ignore[call-overload]
-            )
+    concrete = cls if plugs is None else _with_types(cls, plugs(plain))
     prefix = f"{source}: " if source else ""
     problems = _unknown_keys(concrete, plain, "")
     if problems:

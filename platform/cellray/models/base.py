@@ -6,27 +6,28 @@ Legend: B cells in a batch, T tokens per cell, D width, G genes in the vocabular
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from cellray.core import registry
-from cellray.core.batch import CellBatch
+from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.section import Section
 from cellray.data.vocab import Vocab
 
 __all__ = [
     "BuildContext",
+    "CellClassifier",
     "CellModel",
     "EmbedsCells",
     "EmbedsGenes",
     "ExposesAttention",
     "Family",
     "ModelConfig",
-    "ModelOutput",
     "PredictsExpression",
+    "build_model",
     "family",
 ]
 
@@ -35,21 +36,6 @@ class ModelConfig(Section):
     """Keys every family has; each adds its own in its own file."""
 
     family: str
-
-
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a forward pass gives.
-
-    Shapes:
-        hidden: (B, T, D) last hidden states.
-        cell: (B, D) cell embedding used for training heads.
-        predictions: name -> tensor; each objective names the prediction it reads.
-    """
-
-    hidden: torch.Tensor
-    cell: torch.Tensor
-    predictions: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class CellModel(nn.Module):
@@ -139,3 +125,35 @@ def family(name: str) -> Family:
     found = registry.find("cellray.models", name, "FAMILY")
     assert isinstance(found, Family), f"{name} exports a {type(found).__name__} as FAMILY"
     return found
+
+
+class CellClassifier(CellModel):
+    """A backbone with a classifier on its cell embedding.
+
+    Args:
+        backbone: a family's model.
+        head: (B, D) -> (B, C) logits.
+    """
+
+    def __init__(self, backbone: CellModel, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.width = backbone.width
+
+    def forward(self, batch: CellBatch) -> ModelOutput:
+        """Adds ``class_logits`` (B, C); the backbone sees no targets."""
+        bare = replace(batch, targets=None, target_mask=None, unknown_mask=None)
+        output: ModelOutput = self.backbone(bare)
+        return replace(output, predictions={"class_logits": self.head(output.cell)})
+
+
+def build_model(
+    name: str, config: ModelConfig, context: BuildContext, *, num_classes: int = 0
+) -> CellModel:
+    """Build a family's model, with a classifier if there are classes."""
+    unit = family(name)
+    model = unit.build(config, context)
+    if num_classes:
+        return CellClassifier(model, unit.classifier(config, num_classes))
+    return model

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 
 import torch
 
-from cellray.core.batch import CellBatch
+from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.draw import Draw
 from cellray.core.section import Section
 from cellray.data.vocab import Vocab
-from cellray.models.base import ModelOutput
 
 __all__ = ["Loss", "Objective", "ObjectiveConfig", "ObjectiveUnit"]
 

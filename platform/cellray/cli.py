@@ -1,0 +1,149 @@
+"""The ``cellray`` command: six jobs, submission, and looking at what there is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cellray.core.errors import CellrayError, ConfigError
+from cellray.core.section import to_dict, to_toml
+from cellray.runs import JOBS, load_run, run_job
+
+__all__ = ["main"]
+
+_JOB_HELP = {
+    "ingest": "h5ad files -> one TileDB-SOMA experiment",
+    "pretrain": "self-supervised pretraining of a model family on a store",
+    "finetune": "supervised fine-tuning from a checkpoint, or from scratch",
+    "tune": "a Ray Tune sweep of fine-tuning runs",
+    "embed": "cell embeddings and a UMAP picture",
+    "benchmark": "methods x seeds beside the baselines, as an MLflow table",
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cellray",
+        description="Distributed data and training platform for single-cell foundation models.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for job, text in _JOB_HELP.items():
+        sub = commands.add_parser(job, help=text, description=text)
+        sub.add_argument("words", nargs="*", metavar="FILE.toml | key=value")
+        sub.add_argument(
+            "--check",
+            action="store_true",
+            help="validate, print the resolved configuration and an estimate, start nothing",
+        )
+    submit = commands.add_parser("submit", help="run a job on a running Ray cluster (Ray Jobs)")
+    submit.add_argument("job", metavar="JOB", help=", ".join(JOBS))
+    submit.add_argument("words", nargs="*", metavar="FILE.toml | key=value")
+    submit.add_argument("--address", required=True, help="e.g. http://head:8265")
+    submit.add_argument("--no-wait", action="store_true", help="return once it is accepted")
+    show = commands.add_parser("show", help="what a store, checkpoint or run holds, in words")
+    show.add_argument("path")
+    commands.add_parser("doctor", help="what this machine has, what is missing, what to do")
+    return parser
+
+
+def _split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The configuration file (at most one, first) and the overrides among the words."""
+    overrides = [w for w in words if "=" in w and not Path(w).is_file()]
+    files = [w for w in words if w not in overrides]
+    if len(files) > 1:
+        raise ConfigError(
+            f"one configuration file at most, given: {', '.join(files)}; overrides are written "
+            "section.key=value without spaces"
+        )
+    return (files[0] if files else None), overrides
+
+
+def say(line: str) -> None:
+    """Print a progress line at once."""
+    print(line, flush=True)
+
+
+def _check(job: str, words: Sequence[str]) -> int:
+    from cellray.ops.planner import estimate
+
+    path, overrides = _split_words(words)
+    run = load_run(job, path, overrides)
+    print(to_toml(to_dict(run)))
+    print()
+    for line in estimate(run):
+        print(line)
+    return 0
+
+
+def _job(job: str, words: Sequence[str], *, check: bool) -> int:
+    if check:
+        return _check(job, words)
+    path, overrides = _split_words(words)
+    run = load_run(job, path, overrides)
+    result = run_job(run, say)
+    for line in getattr(result, "lines", lambda: [])():
+        print(line)
+    return 0
+
+
+def _show(path: str) -> int:
+    from cellray.ops.show import show
+
+    for line in show(path):
+        print(line)
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from cellray.ops.submit import submit
+
+    path, overrides = _split_words(arguments.words)
+    if path is None:
+        raise ConfigError("cellray submit needs a configuration file: submit JOB FILE.toml")
+    return submit(
+        arguments.job,
+        path,
+        overrides,
+        arguments.address,
+        wait=not arguments.no_wait,
+        progress=say,
+    )
+
+
+def _doctor() -> int:
+    from cellray.ops.doctor import doctor
+
+    findings = doctor()
+    for finding in findings:
+        advice = f"  -> {finding.advice}" if finding.advice else ""
+        print(f"{finding.status:8}{finding.what}{advice}")
+    return int(any(f.status == "missing" for f in findings))
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 for an error, 130 when interrupted."""
+    arguments = _parser().parse_args(words)
+    try:
+        if arguments.command in JOBS:
+            return _job(arguments.command, arguments.words, check=arguments.check)
+        if arguments.command == "submit":
+            return _submit(arguments)
+        if arguments.command == "show":
+            return _show(arguments.path)
+        return _doctor()
+    except CellrayError as error:
+        print(f"cellray: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cellray: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

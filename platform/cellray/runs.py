@@ -1,0 +1,318 @@
+"""Whole-run sections of the six jobs, their cross-field rules, and how a run is executed.
+
+``load_run(job, file, overrides)`` gives a validated run; ``run_job(run)`` executes it. Importing
+this module imports no Ray, DeepSpeed, TileDB-SOMA or MLflow.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from cellray.core import registry
+from cellray.core.errors import ConfigError, did_you_mean
+from cellray.core.section import (
+    Section,
+    apply_overrides,
+    build_section,
+    merge,
+    read_toml,
+    to_dict,
+)
+from cellray.data.config import DataSection
+from cellray.models.base import family
+from cellray.train.config import (
+    BatchSection,
+    CheckpointSection,
+    EngineSection,
+    OptimSection,
+    ScaleSection,
+    TrackingSection,
+    TrainSection,
+)
+from cellray.train.rules import check_batch
+
+__all__ = [
+    "JOBS",
+    "BenchmarkRun",
+    "EmbedRun",
+    "FinetuneRun",
+    "IngestRun",
+    "PretrainRun",
+    "Run",
+    "TuneRun",
+    "build_run",
+    "load_run",
+    "run_job",
+]
+
+Say = Callable[[str], None]
+
+
+class Run(Section):
+    """What every run has.
+
+    Attributes:
+        name: the run directory's name: letters, digits, ``.``, ``_`` and ``-``.
+        seed: every random choice of the run follows from it.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+
+
+class IngestRun(Run):
+    """h5ad files into one SOMA experiment; the ``[ingest]`` table is all there is."""
+
+    name: str = Field(default="ingest", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    ingest: Section
+
+
+class _TrainingRun(Run):
+    """What pretraining and fine-tuning share."""
+
+    data: DataSection
+    optim: OptimSection = OptimSection()
+    batch: BatchSection = BatchSection()
+    train: TrainSection
+    engine: EngineSection = EngineSection()
+    scale: ScaleSection = ScaleSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _fits(self) -> _TrainingRun:
+        check_batch(self.batch, self.scale, self.data)
+        steps = self.train.steps
+        if steps and self.optim.warmup_steps > steps:
+            raise ValueError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} is more than train.steps = {steps}"
+            )
+        return self
+
+
+class PretrainRun(_TrainingRun):
+    """Self-supervised pretraining of one family on the cells of a store.
+
+    Attributes:
+        model: the family's configuration; ``family`` names it.
+        tokenizer: by default the one the family's source uses.
+        objective: by default the one the family's source is pretrained with.
+        init_from: checkpoint whose weights and vocabulary training starts with; "" starts anew.
+    """
+
+    model: Section
+    tokenizer: Section
+    objective: Section
+    init_from: str = ""
+
+
+class FinetuneRun(_TrainingRun):
+    """Supervised fine-tuning for a task.
+
+    Attributes:
+        task: what is learnt and how cells are split; ``name`` names it.
+        init_from: checkpoint to start from; "" trains ``model`` from scratch.
+        model: only from scratch: the family's configuration.
+        tokenizer: only from scratch; by default the family's.
+        train_backbone: False trains the task's head alone (a probe).
+        register_as: name in MLflow's model registry; "" registers nothing.
+    """
+
+    task: Section
+    init_from: str = ""
+    model: Section | None = None
+    tokenizer: Section | None = None
+    train_backbone: bool = True
+    register_as: str = ""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> FinetuneRun:
+        if bool(self.init_from) == (self.model is not None):
+            raise ValueError(
+                "give either init_from (a checkpoint) or a [model] section to train from scratch, "
+                f"not {'both' if self.init_from else 'neither'}"
+            )
+        return self
+
+
+class EmbedRun(Run):
+    """Zero-shot cell embeddings of a store, with a UMAP picture.
+
+    Attributes:
+        model: checkpoint folder or MLflow model URI.
+        data: the cells.
+        output: folder that receives ``embedding.h5ad`` and ``umap.png``.
+        colour_by: obs columns that colour the picture.
+        umap: whether to compute the picture.
+        cells_micro: cells of a forward pass.
+    """
+
+    model: str
+    data: DataSection
+    output: str
+    colour_by: list[str] = []
+    umap: bool = True
+    cells_micro: int = Field(default=64, ge=1)
+
+
+class BenchmarkRun(Run):
+    """Method x seed on one dataset and one split, beside the baselines.
+
+    Attributes:
+        task: what is scored and how cells are split.
+        data: the dataset.
+        methods: name of a row -> fine-tuning configuration file, run once per seed.
+        baselines: keys of ``cellray.baselines``.
+        seeds: what "mean and spread" is over.
+        overrides: ``section.key=value`` laid over every method's file.
+    """
+
+    task: Section
+    data: DataSection
+    methods: dict[str, str] = {}
+    baselines: list[str] = ["majority", "logistic", "knn"]
+    seeds: list[int] = [0, 1, 2]
+    overrides: list[str] = []
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+class TuneRun(Run):
+    """A Ray Tune sweep of whole fine-tuning runs.
+
+    Attributes:
+        base: fine-tuning configuration file that every trial starts from.
+        search: key path -> list of choices, or ``{low, high, scale = "log" | "linear"}``.
+        trials: configurations tried.
+        concurrent: trials at a time.
+        metric: a validation metric; trials are compared by it.
+        mode: whether it is minimised or maximised.
+        grace_reports: reports a trial may make before ASHA may stop it.
+        reduction_factor: ASHA keeps one in this many at each rung.
+        time_limit_s: the sweep stops after it; 0 has no limit.
+        overrides: ``section.key=value`` laid over the base.
+    """
+
+    base: str
+    search: dict[str, Any]
+    trials: int = Field(default=4, ge=1)
+    concurrent: int = Field(default=1, ge=1)
+    metric: str = "validation/loss"
+    mode: Literal["min", "max"] = "min"
+    grace_reports: int = Field(default=1, ge=1)
+    reduction_factor: int = Field(default=2, ge=2)
+    time_limit_s: float = Field(default=0, ge=0)
+    overrides: list[str] = []
+    checkpoint: CheckpointSection = CheckpointSection()
+    tracking: TrackingSection = TrackingSection()
+
+
+# job -> (section, "module:function" that executes it)
+JOBS: Mapping[str, tuple[type[Run], str]] = {
+    "ingest": (IngestRun, "cellray.data.ingest:run_ingest"),
+    "pretrain": (PretrainRun, "cellray.train.pretrain:pretrain"),
+    "finetune": (FinetuneRun, "cellray.train.finetune:finetune"),
+    "tune": (TuneRun, "cellray.tune.sweep:tune"),
+    "embed": (EmbedRun, "cellray.infer.embed:embed"),
+    "benchmark": (BenchmarkRun, "cellray.bench.suite:benchmark"),
+}
+
+
+def _named(raw: dict[str, Any], key: str, name: str, default: str) -> str:
+    """The unit a plugged section names, with the default filled in."""
+    table = raw.setdefault(key, {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"'{key}' is a section: write [{key}]")
+    chosen = table.setdefault(name, default) if default else table.get(name)
+    if not isinstance(chosen, str) or not chosen:
+        raise ConfigError(f'[{key}] needs {name} = "..."')
+    return chosen
+
+
+def _plug_model(raw: dict[str, Any], *, objective: bool) -> dict[str, type[Section]]:
+    unit = family(_named(raw, "model", "family", ""))
+    tokenizer = _named(raw, "tokenizer", "name", unit.tokenizer)
+    types: dict[str, type[Section]] = {
+        "model": unit.config,
+        "tokenizer": registry.find("cellray.tokenizers", tokenizer, "TOKENIZER").config,
+    }
+    if objective:
+        name = _named(raw, "objective", "name", unit.objective)
+        types["objective"] = registry.find("cellray.objectives", name, "OBJECTIVE").config
+    return types
+
+
+def _plug_task(raw: dict[str, Any]) -> dict[str, type[Section]]:
+    task = registry.find("cellray.tasks", _named(raw, "task", "name", ""), "TASK")
+    return {"task": task.config}
+
+
+def _plugs(job: str) -> Callable[[dict[str, Any]], dict[str, type[Section]]]:
+    def ingest(raw: dict[str, Any]) -> dict[str, type[Section]]:
+        return {"ingest": importlib.import_module("cellray.data.ingest").IngestConfig}
+
+    def finetune(raw: dict[str, Any]) -> dict[str, type[Section]]:
+        types = _plug_task(raw)
+        return types | (_plug_model(raw, objective=False) if "model" in raw else {})
+
+    chosen: dict[str, Callable[[dict[str, Any]], dict[str, type[Section]]]] = {
+        "ingest": ingest,
+        "pretrain": lambda raw: _plug_model(raw, objective=True),
+        "finetune": finetune,
+        "benchmark": _plug_task,
+    }
+    return chosen.get(job, lambda raw: {})
+
+
+def check_job(job: str) -> None:
+    """Refuse a job name that does not exist."""
+    if job not in JOBS:
+        raise ConfigError(f"no job '{job}'.{did_you_mean(job, JOBS)} Allowed: {', '.join(JOBS)}")
+
+
+def build_run(job: str, raw: Mapping[str, Any], *, source: str = "") -> Run:
+    """Validate a run given as JSON-like tables.
+
+    Raises:
+        ConfigError: an unknown job or key, a wrong type, or a cross-field rule that does not hold.
+    """
+    check_job(job)
+    return build_section(JOBS[job][0], raw, plugs=_plugs(job), source=source)
+
+
+def load_run(job: str, path: str | Path | None, overrides: Sequence[str] = ()) -> Run:
+    """Read a run's TOML file and lay overrides over it; without a file, overrides alone.
+
+    Raises:
+        ConfigError: as in :func:`build_run`, or the file is missing or not TOML.
+    """
+    check_job(job)
+    raw = read_toml(path) if path else {}
+    return build_run(job, apply_overrides(raw, overrides), source=str(path or ""))
+
+
+def job_of(run: Run) -> str:
+    """The job a run belongs to."""
+    return next(job for job, (cls, _) in JOBS.items() if isinstance(run, cls))
+
+
+def run_job(run: Run, say: Say | None = None) -> Any:
+    """Execute a run and return its result object.
+
+    Args:
+        run: from :func:`load_run` or :func:`build_run`.
+        say: receives progress lines; silent by default.
+    """
+    module, _, function = JOBS[job_of(run)][1].partition(":")
+    return getattr(importlib.import_module(module), function)(run, say or (lambda line: None))
+
+
+def with_overrides(run: Run, tables: Mapping[str, Any]) -> Run:
+    """The same run with other values laid over it, validated again."""
+    raw = {k: v for k, v in to_dict(run).items() if v is not None}
+    return build_run(job_of(run), merge(raw, tables))

@@ -1,0 +1,160 @@
+"""The sections that say how a run trains: batch, steps, engine, scale, checkpoints, tracking."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from cellray.core.section import Section
+
+__all__ = [
+    "BatchSection",
+    "CheckpointSection",
+    "EngineSection",
+    "OptimSection",
+    "ScaleSection",
+    "TrackingSection",
+    "TrainSection",
+]
+
+
+class OptimSection(Section):
+    """AdamW with linear warm-up and decay.
+
+    Attributes:
+        lr: peak learning rate.
+        warmup_steps: steps from 0 to the peak.
+        schedule: what follows: ``cosine`` or ``linear`` to ``final_lr_fraction``, or ``constant``.
+        final_lr_fraction: last learning rate as a share of the peak.
+        clip_norm: global gradient norm is clipped to it; 0 does not clip.
+        weight_decay: decoupled; not applied to biases, norms and embeddings' 1-d parameters.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=1e-4, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr_fraction: float = Field(default=0.0, ge=0, le=1)
+    clip_norm: float = Field(default=1.0, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    beta_1: float = Field(default=0.9, ge=0, lt=1)
+    beta_2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+
+
+class BatchSection(Section):
+    """Cells per optimizer step and per forward pass.
+
+    Attributes:
+        cells_global: cells of one optimizer step over all workers.
+        cells_micro: cells of one forward pass on one worker; gradients accumulate over
+            ``cells_global / (cells_micro x workers)`` passes.
+    """
+
+    cells_global: int = Field(default=32, ge=1)
+    cells_micro: int = Field(default=16, ge=1)
+
+
+class TrainSection(Section):
+    """How long, in what precision, and how often to look.
+
+    Attributes:
+        steps: optimizer steps; 0 takes ``epochs``.
+        epochs: passes over the training cells; used when ``steps`` is 0.
+        precision: ``fp32`` or ``bf16`` (the loss stays float32).
+        eval_every_steps: steps between validations; 0 validates at the end only.
+        eval_cells: validation cells looked at, at most.
+        log_every_steps: steps between reports.
+    """
+
+    steps: int = Field(default=0, ge=0)
+    epochs: float = Field(default=0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    eval_every_steps: int = Field(default=0, ge=0)
+    eval_cells: int = Field(default=2048, ge=1)
+    log_every_steps: int = Field(default=10, ge=1)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(
+                f"give either train.steps or train.epochs (given: steps = {self.steps}, "
+                f"epochs = {self.epochs})"
+            )
+        return self
+
+
+class EngineSection(Section):
+    """What runs the step.
+
+    Attributes:
+        name: ``deepspeed``, or ``torch`` (plain AdamW, gradients all-reduced).
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3; ``torch`` has stage 0 only.
+    """
+
+    name: Literal["deepspeed", "torch"] = "deepspeed"
+    zero_stage: int = Field(default=1, ge=0, le=3)
+
+    @model_validator(mode="after")
+    def _torch_is_not_sharded(self) -> EngineSection:
+        if self.name == "torch" and "zero_stage" in self.model_fields_set and self.zero_stage:
+            raise ValueError(
+                f"engine.zero_stage = {self.zero_stage} needs engine.name = 'deepspeed'; the torch "
+                "engine keeps everything on every worker (zero_stage = 0)"
+            )
+        return self
+
+
+class ScaleSection(Section):
+    """How many workers with what each.
+
+    Attributes:
+        workers: Ray Train workers.
+        gpus_per_worker: GPUs each reserves (0 trains on CPU over gloo).
+        cpus_per_worker: logical CPUs each reserves.
+        tokenizer_actors: tokenisation actors per worker.
+        cpus_per_actor: logical CPUs each of them reserves.
+        max_failures: worker-group restarts from the last checkpoint before the run fails.
+        threads_per_worker: torch threads of a CPU worker; 0 divides the machine's cores.
+    """
+
+    workers: int = Field(default=1, ge=1)
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    tokenizer_actors: int = Field(default=1, ge=1)
+    cpus_per_actor: float = Field(default=0.5, gt=0)
+    max_failures: int = Field(default=2, ge=0)
+    threads_per_worker: int = Field(default=0, ge=0)
+
+
+class CheckpointSection(Section):
+    """Where runs live and when they are saved.
+
+    Attributes:
+        dir: folder that holds one run directory per run name.
+        every_steps: steps between checkpoints; 0 saves at the end only.
+        keep_last: checkpoints kept; the best one by validation loss is kept besides.
+        resume: ``auto`` continues the run of this name where its last checkpoint stands;
+            ``never`` moves an older run of this name aside and starts anew.
+    """
+
+    dir: str = "runs"
+    every_steps: int = Field(default=0, ge=0)
+    keep_last: int = Field(default=2, ge=1)
+    resume: Literal["auto", "never"] = "auto"
+
+
+class TrackingSection(Section):
+    """Where MLflow writes.
+
+    Attributes:
+        mlflow_uri: a server's URL or ``sqlite:///file``; "" is ``mlflow.db`` in
+            ``checkpoint.dir``.
+        experiment: MLflow experiment; "" is the job's name.
+        enabled: False tracks nothing.
+    """
+
+    mlflow_uri: str = ""
+    experiment: str = ""
+    enabled: bool = True

@@ -1,0 +1,275 @@
+"""What a training run works out on the driver before any worker starts.
+
+Everything that can be wrong with a configuration against real data is found here: the store, the
+selection, the vocabulary, the label column, the checkpoint to start from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from cellray.core.draw import Draw
+from cellray.core.errors import CheckpointError, ConfigError, DataError
+from cellray.core.section import Section, to_dict
+from cellray.data.config import DataSection
+from cellray.data.plan import EpochPlan, default_lanes
+from cellray.data.soma import Store, open_store
+from cellray.data.split import split_by
+from cellray.data.stats import check_coverage, nonzero_medians, store_coverage
+from cellray.data.tokens import TokenSource, tokenizer_unit
+from cellray.data.vocab import Vocab
+from cellray.train.config import BatchSection, TrainSection
+
+__all__ = [
+    "Cells",
+    "TrainingData",
+    "check_vocab",
+    "encode",
+    "make_training_data",
+    "select_cells",
+    "store_vocab",
+    "total_steps",
+]
+
+I64 = npt.NDArray[np.int64]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The selected cells of a store.
+
+    Attributes:
+        store: where they are.
+        obs: one row a cell, sorted by ``soma_joinid``, with the columns a run asked for.
+    """
+
+    store: Store
+    obs: pd.DataFrame
+
+    @property
+    def joinids(self) -> I64:
+        """(N,) ascending int64."""
+        return np.asarray(self.obs["soma_joinid"].to_numpy(), dtype=np.int64)
+
+    def lengths(self, max_tokens: int) -> I64 | None:
+        """(N,) expected tokens per cell from obs ``nnz``; None if the store does not know it."""
+        if "nnz" not in self.obs:
+            return None
+        return np.minimum(self.obs["nnz"].to_numpy(dtype=np.int64), max_tokens)
+
+
+def select_cells(data: DataSection, columns: Sequence[str] = ()) -> Cells:
+    """Open the store and apply the obs filter.
+
+    Args:
+        data: the section.
+        columns: obs columns the run needs besides those the section names.
+
+    Raises:
+        DataError: no such store, measurement, layer or column, a bad filter, or nothing selected.
+    """
+    store = open_store(data.uri, measurement=data.measurement, layer=data.layer)
+    known = store.obs_columns()
+    wanted = [*data.covariates, *columns, *([data.split.by] if data.split.by else [])]
+    if data.min_genes_per_cell and "nnz" not in known:
+        raise DataError(
+            "data.min_genes_per_cell needs an obs column 'nnz', which the store does not have; "
+            "set it to 0 or ingest the store with cellray"
+        )
+    if "nnz" in known:
+        wanted.append("nnz")
+    obs = store.obs(list(dict.fromkeys(wanted)), value_filter=data.obs_filter or None)
+    if data.min_genes_per_cell:
+        obs = obs[obs["nnz"] >= data.min_genes_per_cell].reset_index(drop=True)
+    if obs.empty:
+        raise DataError(
+            f"data.obs_filter = '{data.obs_filter}' with min_genes_per_cell = "
+            f"{data.min_genes_per_cell} selects none of the {store.num_cells} cells of {data.uri}"
+        )
+    return Cells(store, obs)
+
+
+def encode(
+    obs: pd.DataFrame, columns: Sequence[str], categories: Mapping[str, list[str]] | None = None
+) -> tuple[dict[str, I64], dict[str, list[str]]]:
+    """Codes of obs columns: name -> (N,) int64, and the categories in code order.
+
+    Given categories (from a checkpoint) are kept; a value they lack is an error.
+
+    Raises:
+        DataError: a value outside the given categories.
+    """
+    codes, names = {}, {}
+    for column in columns:
+        values = obs[column].astype("string").fillna("unknown")
+        levels = list((categories or {}).get(column) or sorted(values.unique().tolist()))
+        code = pd.Categorical(values, categories=levels).codes.astype(np.int64)
+        if (code < 0).any():
+            extra = sorted(set(values[code < 0]))
+            raise DataError(
+                f"covariate '{column}' has values the model was not trained with: "
+                f"{', '.join(extra[:5])}; it knows {', '.join(levels[:8])}"
+            )
+        codes[column], names[column] = code, levels
+    return codes, names
+
+
+def store_vocab(cells: Cells, data: DataSection, tokenizer: str, train: I64, seed: int) -> Vocab:
+    """The vocabulary a new model starts with: the store's genes, or the file the section names.
+
+    A tokenizer that needs corpus medians gets them from the training cells, unless the vocabulary
+    file carries its own.
+    """
+    unit = tokenizer_unit(tokenizer)
+    if data.vocab == "store":
+        var = cells.store.var()
+        vocab = Vocab.from_genes(
+            var["feature_id"].tolist(), var["feature_name"].tolist(), specials=unit.specials
+        )
+    else:
+        vocab = Vocab.load(data.vocab)
+    if unit.needs_medians and vocab.medians is None:
+        chosen = train
+        if len(train) > data.median_cells:
+            keys = Draw(seed).bits("medians", train)
+            chosen = np.sort(train[np.argsort(keys)[: data.median_cells]])
+        medians = nonzero_medians(cells.store, chosen, gene_map(cells.store, vocab), len(vocab))
+        vocab = vocab.with_medians(medians)
+    return vocab
+
+
+def gene_map(store: Store, vocab: Vocab) -> npt.NDArray[np.int32]:
+    """(V,) vocabulary index of each gene of the store, -1 where the vocabulary lacks it."""
+    var = store.var()
+    return vocab.match(var["feature_id"].tolist(), var["feature_name"].tolist())
+
+
+def check_vocab(given: str, vocab: Vocab, checkpoint: str) -> None:
+    """A vocabulary file named beside a checkpoint must be the checkpoint's own.
+
+    Raises:
+        CheckpointError: they differ; the message says where.
+    """
+    if given == "store":
+        return
+    other = Vocab.load(given)
+    if other.fingerprint == vocab.fingerprint:
+        return
+    common = len(set(other.gene_ids) & set(vocab.gene_ids))
+    raise CheckpointError(
+        f"the vocabulary '{given}' ({len(other)} genes, {other.fingerprint[:12]}) is not the one "
+        f"of checkpoint '{checkpoint}' ({len(vocab)} genes, {vocab.fingerprint[:12]}; {common} "
+        "genes in common); leave data.vocab out to use the checkpoint's own"
+    )
+
+
+def total_steps(train: TrainSection, plan: EpochPlan) -> int:
+    """Optimizer steps of the run: ``train.steps``, or ``train.epochs`` of the plan."""
+    return train.steps or max(1, round(train.epochs * plan.batches_per_epoch))
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The data side of a training run, ready to be shipped to workers.
+
+    Attributes:
+        source: turns joinids into tokens.
+        plan: the order of the training cells.
+        validation: joinids set apart.
+        covariates: name -> categories.
+        warnings: what the user should know, e.g. a poor gene match.
+        fingerprint: SHA-256 over ids and counts of all selected cells.
+    """
+
+    source: TokenSource
+    plan: EpochPlan
+    validation: I64
+    covariates: Mapping[str, list[str]]
+    warnings: list[str] = field(default_factory=list)
+    fingerprint: str = ""
+
+
+def validation_mask(obs: pd.DataFrame, data: DataSection) -> npt.NDArray[np.bool_]:
+    """(N,) True at validation cells, by stable hash of the cell or of ``data.split.by``."""
+    split = data.split
+    if split.validation_fraction == 0:
+        return np.zeros(len(obs), dtype=bool)
+    keys = obs[split.by] if split.by else obs["soma_joinid"]
+    names = keys.astype("string").fillna("unknown").tolist()
+    return split_by(names, fraction=split.validation_fraction, salt=split.salt)
+
+
+def make_training_data(
+    cells: Cells,
+    data: DataSection,
+    *,
+    batch: BatchSection,
+    tokenizer: Section,
+    vocab: Vocab,
+    train: I64,
+    validation: I64,
+    seed: int,
+    categories: Mapping[str, list[str]] | None = None,
+    extra_codes: Mapping[str, I64] | None = None,
+) -> TrainingData:
+    """Plan, source and checks for given training and validation cells.
+
+    Args:
+        cells: the selection.
+        data: the data section.
+        batch: the batch section.
+        tokenizer: the tokenizer's section.
+        vocab: the gene space.
+        train: joinids to train on, ascending.
+        validation: joinids to validate on, ascending.
+        seed: the run's seed.
+        categories: covariate categories of a checkpoint.
+        extra_codes: further codes aligned with ``cells.obs`` (labels).
+
+    Raises:
+        DataError: no gene in common with the vocabulary.
+        ConfigError: fewer training cells than a global batch.
+    """
+    mapping = gene_map(cells.store, vocab)
+    coverage = store_coverage(cells.store, mapping, cells.joinids)
+    warnings = check_coverage(coverage, vocab)
+    codes, names = encode(cells.obs, data.covariates, categories)
+    max_tokens = int(getattr(tokenizer, "max_tokens", 2**31))
+    lengths = cells.lengths(max_tokens) if data.bucket_by_length else None
+    if data.bucket_by_length and lengths is None:
+        warnings.append("the store has no obs column 'nnz': batches are not bucketed by length")
+    rows = np.searchsorted(cells.joinids, train)
+    plan = EpochPlan(
+        joinids=train,
+        lengths=None if lengths is None else lengths[rows],
+        seed=seed,
+        cells_global=batch.cells_global,
+        lanes=data.lanes or default_lanes(batch.cells_global),
+        run_cells=data.run_cells,
+        window_batches=data.window_batches,
+    )
+    source = TokenSource(
+        store=cells.store,
+        gene_map=mapping,
+        vocab=vocab,
+        tokenizer=to_dict(tokenizer),
+        joinids=cells.joinids,
+        codes={**codes, **(extra_codes or {})},
+        seed=seed,
+    )
+    fingerprint = cells.store.fingerprint(cells.joinids)
+    return TrainingData(source, plan, validation, names, warnings, fingerprint)
+
+
+def no_cells(kind: str, run: str) -> ConfigError:
+    """The error for a run whose split leaves nothing to train on."""
+    return ConfigError(
+        f"run '{run}': the split leaves no {kind} cells; lower data.split.validation_fraction or "
+        "widen data.obs_filter"
+    )

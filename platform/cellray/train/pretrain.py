@@ -1,0 +1,117 @@
+"""The pretraining job: a store and a family in, a checkpoint and an MLflow run out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cellray.core.section import flatten, to_dict
+from cellray.train.checkpoint import Manifest, read_checkpoint
+from cellray.train.prepare import (
+    TrainingData,
+    check_vocab,
+    make_training_data,
+    no_cells,
+    select_cells,
+    store_vocab,
+    total_steps,
+    validation_mask,
+)
+from cellray.train.tracked import fit_tracked
+from cellray.train.tracking import check_tracking, code_version, tracking_uri
+from cellray.train.trainer import RunDirectory, TrainResult, pick_device
+from cellray.train.worker import TrainJob
+
+if TYPE_CHECKING:
+    from cellray.runs import PretrainRun
+
+__all__ = ["Pretraining", "prepare_pretrain", "pretrain"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A checked pretraining run, nothing started yet."""
+
+    job: TrainJob
+    data: TrainingData
+
+
+def prepare_pretrain(run: PretrainRun) -> Pretraining:
+    """Check a run against its store and work out vocabulary, split, order and steps.
+
+    Raises:
+        CellrayError: whatever in the configuration does not fit the data.
+    """
+    device = pick_device(run.scale)
+    cells = select_cells(run.data)
+    held = validation_mask(cells.obs, run.data)
+    train, validation = cells.joinids[~held], cells.joinids[held]
+    if not len(train):
+        raise no_cells("training", run.name)
+    tokenizer = to_dict(run.tokenizer)
+    if run.init_from:
+        _, vocab, _ = read_checkpoint(run.init_from)
+        check_vocab(run.data.vocab, vocab, run.init_from)
+    else:
+        vocab = store_vocab(cells, run.data, tokenizer["name"], train, run.seed)
+    data = make_training_data(
+        cells,
+        run.data,
+        batch=run.batch,
+        tokenizer=run.tokenizer,
+        vocab=vocab,
+        train=np.sort(train),
+        validation=np.sort(validation),
+        seed=run.seed,
+    )
+    model = to_dict(run.model)
+    manifest = Manifest(
+        family=model["family"],
+        model=model,
+        tokenizer=tokenizer,
+        objective=to_dict(run.objective),
+        vocab_fingerprint=vocab.fingerprint,
+        data_fingerprint=data.fingerprint,
+        covariates=data.covariates,
+        run=to_dict(run),
+        code_version=" ".join(code_version().values()),
+    )
+    job = TrainJob(
+        name=run.name,
+        manifest=manifest,
+        data=data,
+        steps=total_steps(run.train, data.plan),
+        seed=run.seed,
+        optim=run.optim,
+        batch=run.batch,
+        train=run.train,
+        engine=run.engine,
+        scale=run.scale,
+        checkpoint=run.checkpoint,
+        init_from=run.init_from,
+        device=device,
+    )
+    return Pretraining(job, data)
+
+
+def pretrain(run: PretrainRun, say: Say) -> TrainResult:
+    """Pretrain; continues an interrupted run of the same name and configuration."""
+    uri = tracking_uri(run.tracking, run.checkpoint.dir)
+    if run.tracking.enabled:
+        check_tracking(uri)
+    job = prepare_pretrain(run).job
+    return fit_tracked(
+        job,
+        RunDirectory(run.checkpoint.dir, run.name),
+        tracking=run.tracking,
+        uri=uri,
+        experiment=run.tracking.experiment or "pretrain",
+        params=flatten(to_dict(run)),
+        config=to_dict(run),
+        say=say,
+    )

@@ -1,0 +1,91 @@
+"""A training run with its directory and its MLflow run around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from cellray.train.config import TrackingSection
+from cellray.train.tracking import Tracker
+from cellray.train.trainer import RunDirectory, TrainResult, fit
+from cellray.train.worker import TrainJob
+
+__all__ = ["fit_tracked"]
+
+Say = Callable[[str], None]
+
+
+def _facts(job: TrainJob) -> dict[str, Any]:
+    """What MLflow should say of the data, beside the configuration."""
+    plan, data = job.data.plan, job.data
+    return {
+        "data.fingerprint": data.fingerprint,
+        "data.num_train_cells": len(plan.joinids),
+        "data.num_validation_cells": len(data.validation),
+        "data.remainder_cells_per_epoch": plan.remainder_cells,
+        "vocab.fingerprint": job.manifest.vocab_fingerprint,
+        "vocab.num_genes": len(data.source.vocab),
+        "train.total_steps": job.steps,
+    }
+
+
+def fit_tracked(
+    job: TrainJob,
+    run: RunDirectory,
+    *,
+    tracking: TrackingSection,
+    uri: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    config: Mapping[str, Any],
+    say: Say,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+    extra_callbacks: list[Any] | None = None,
+) -> TrainResult:
+    """Enter the run directory, train under an MLflow run, and close both whatever happens.
+
+    A finished run of the same name and configuration is returned as it is.
+    """
+    for warning in job.data.warnings:
+        say(f"warning: {warning}")
+    fingerprints = {
+        "vocabulary": job.manifest.vocab_fingerprint,
+        "data": job.data.fingerprint,
+    }
+    began = run.enter(config, fingerprints, job.checkpoint.resume)
+    done = run.read("result.json")
+    if began and done:
+        say(f"{job.name}: already finished at step {done['step']}; nothing to do ({run.path})")
+        return TrainResult(**done)
+    tracker = None
+    if tracking.enabled:
+        old = run.read("mlflow.json")
+        if old.get("uri") == uri:
+            tracker = Tracker(uri, old["run_id"])
+            tracker.restart()
+        else:
+            tracker = Tracker.start(
+                uri, experiment=experiment, name=job.name, parent=parent, tags=tags
+            )
+            run.write("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
+        tracker.params({**params, **_facts(job)})
+        tracker.artifact(run.path / "config.toml")
+    status = "FAILED"
+    try:
+        result = fit(job, run, tracker=tracker, say=say, extra_callbacks=extra_callbacks)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        say(f"{job.name}: interrupted; the same command continues from the last checkpoint")
+        raise
+    finally:
+        if tracker is not None:
+            tracker.end(status)
+    run.write("result.json", asdict(result))
+    if tracker is not None:
+        tracker.artifact(Path(result.model_dir) / "manifest.json", "model")
+    say(f"{job.name}: model in {result.model_dir} (step {result.step})")
+    return replace(result)

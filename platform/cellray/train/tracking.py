@@ -1,0 +1,224 @@
+"""MLflow: experiments, runs, flat parameters, metrics by step, tables and registered models."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import urlparse
+from urllib.request import urlopen
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param
+
+from cellray.core.errors import TrackingError
+from cellray.train.config import TrackingSection
+
+__all__ = [
+    "Tracker",
+    "check_tracking",
+    "code_version",
+    "open_command",
+    "tracking_uri",
+]
+
+_PARAM_CHARS = 6000  # MLflow's limit on a parameter's value
+_BATCH = 100  # MLflow's limit on parameters in one call
+_STEP_KEYS = frozenset({"step", "epoch"})
+
+
+def tracking_uri(section: TrackingSection, runs_dir: str) -> str:
+    """The tracking store of a run: what the section says, else SQLite beside the runs."""
+    if section.mlflow_uri:
+        return section.mlflow_uri
+    return f"sqlite:///{Path(runs_dir).resolve() / 'mlflow.db'}"
+
+
+def open_command(uri: str) -> str:
+    """The one command that opens the tracking pages of ``uri``."""
+    if uri.startswith("http"):
+        return f"open {uri} in a browser"
+    path = uri.removeprefix("sqlite:///")
+    relative = Path(path)
+    if relative.is_absolute() and relative.is_relative_to(Path.cwd()):
+        path = str(relative.relative_to(Path.cwd()))
+    return f"mlflow ui --backend-store-uri sqlite:///{path}"
+
+
+def check_tracking(uri: str, *, timeout_s: float = 5.0) -> None:
+    """See that the tracking store answers, before any work starts.
+
+    Raises:
+        TrackingError: a server that does not answer, or a scheme that is not supported.
+    """
+    parts = urlparse(uri)
+    if parts.scheme in ("http", "https"):
+        _check_server(uri, timeout_s)
+        return
+    if parts.scheme == "sqlite":
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        return
+    if parts.scheme not in ("postgresql", "mysql", "mssql", "databricks"):
+        raise TrackingError(
+            f"tracking.mlflow_uri = '{uri}' is not supported; give a server "
+            "('http://host:5000') or a database ('sqlite:///runs/mlflow.db')"
+        )
+
+
+def _check_server(uri: str, timeout_s: float) -> None:
+    advice = (
+        "start it ('mlflow server --port 5000'), correct tracking.mlflow_uri, or leave it empty "
+        "for a local SQLite file"
+    )
+    try:
+        with urlopen(f"{uri.rstrip('/')}/health", timeout=timeout_s) as answer:
+            answer.read()
+    except HTTPError as error:
+        if error.code == HTTPStatus.NOT_FOUND or error.code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            raise TrackingError(
+                f"{uri} answers, but not as an MLflow server (HTTP {error.code}); {advice}"
+            ) from error
+    except (OSError, HTTPException, ValueError) as error:
+        raise TrackingError(
+            f"the MLflow server at {uri} does not answer ({error}); {advice}"
+        ) from error
+
+
+def code_version() -> dict[str, str]:
+    """The version of cellray, the git commit it runs from and whether the tree has changes."""
+    from cellray import __version__
+
+    def git(*words: str) -> str:
+        where = Path(__file__).parent
+        try:
+            done = subprocess.run(
+                ["git", *words], cwd=where, capture_output=True, text=True, timeout=10, check=False
+            )
+        except OSError:
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    commit = git("rev-parse", "HEAD")
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no")) if commit else False
+    return {
+        "cellray_version": __version__,
+        "git_commit": commit or "unknown",
+        "git_dirty": str(dirty).lower() if commit else "unknown",
+    }
+
+
+class Tracker:
+    """One MLflow run, from the driver or (by id) from another process.
+
+    Args:
+        uri: tracking store.
+        run_id: the run to write to.
+    """
+
+    def __init__(self, uri: str, run_id: str) -> None:
+        self.uri = uri
+        self.run_id = run_id
+        self._client = MlflowClient(tracking_uri=uri)
+
+    @classmethod
+    def start(
+        cls,
+        uri: str,
+        *,
+        experiment: str,
+        name: str,
+        parent: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> Tracker:
+        """Create a run; ``parent`` makes it a child of that run.
+
+        Raises:
+            TrackingError: the store refuses.
+        """
+        client = MlflowClient(tracking_uri=uri)
+        try:
+            found = client.get_experiment_by_name(experiment)
+            if found is None:
+                folder = _artifact_root(uri)
+                where = f"{folder}/{experiment}" if folder else None
+                experiment_id = client.create_experiment(experiment, artifact_location=where)
+            else:
+                experiment_id = found.experiment_id
+            labels = {"mlflow.runName": name, **code_version(), **(tags or {})}
+            if parent:
+                labels["mlflow.parentRunId"] = parent
+            run = client.create_run(experiment_id, run_name=name, tags=labels)
+        except mlflow.MlflowException as error:
+            raise TrackingError(f"MLflow at {uri} refused the run '{name}': {error}") from error
+        return cls(uri, run.info.run_id)
+
+    def params(self, flat: Mapping[str, Any]) -> None:
+        """Log flat parameters; values beyond MLflow's length limit are cut."""
+        items = [Param(key, str(value)[:_PARAM_CHARS]) for key, value in flat.items()]
+        known = self._client.get_run(self.run_id).data.params
+        new = [p for p in items if p.key not in known]
+        for start in range(0, len(new), _BATCH):
+            self._client.log_batch(self.run_id, params=new[start : start + _BATCH])
+
+    def metrics(self, values: Mapping[str, float], *, step: int = 0) -> None:
+        """Log metrics of one step."""
+        now = int(time.time() * 1000)
+        items = [
+            Metric(key, float(value), now, step)
+            for key, value in values.items()
+            if key not in _STEP_KEYS
+        ]
+        self._client.log_batch(self.run_id, metrics=items)
+
+    def table(self, frame: pd.DataFrame, name: str) -> None:
+        """Log a table artifact that ``mlflow.load_table`` reads back."""
+        self._client.log_table(self.run_id, frame, name)
+
+    def text(self, text: str, name: str) -> None:
+        """Log a text artifact."""
+        self._client.log_text(self.run_id, text, name)
+
+    def note(self, markdown: str) -> None:
+        """Set the run's description."""
+        self._client.set_tag(self.run_id, "mlflow.note.content", markdown)
+
+    def tag(self, key: str, value: str) -> None:
+        """Set one tag."""
+        self._client.set_tag(self.run_id, key, value)
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Log a file or a folder."""
+        if Path(path).is_dir():
+            self._client.log_artifacts(self.run_id, str(path), folder)
+        else:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def end(self, status: str = "FINISHED") -> None:
+        """Close the run as FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+    def restart(self) -> None:
+        """Mark the run as running again (a resumed job)."""
+        self._client.update_run(self.run_id, status="RUNNING")
+
+    def children(self, tags: Mapping[str, str] | None = None) -> Sequence[Any]:
+        """The runs whose parent is this one, with all these tags."""
+        wanted = {"mlflow.parentRunId": self.run_id, **(tags or {})}
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
+        experiment = self._client.get_run(self.run_id).info.experiment_id
+        found: Sequence[Any] = self._client.search_runs([experiment], query, max_results=1000)
+        return found
+
+
+def _artifact_root(uri: str) -> str | None:
+    """Artifacts of a local SQLite store lie beside it; servers have their own place."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlartifacts").as_uri()

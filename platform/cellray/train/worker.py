@@ -1,0 +1,260 @@
+"""What each Ray Train worker does: build, resume, stream, step, report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from torch import nn
+
+from cellray.core import registry
+from cellray.core.batch import CellBatch
+from cellray.core.section import build_section
+from cellray.data.collate import collate_tokens
+from cellray.data.pipeline import token_stream
+from cellray.data.tokens import make_tokenizer
+from cellray.models.base import BuildContext, CellModel, build_model, family
+from cellray.objectives.base import Objective
+from cellray.train.checkpoint import (
+    ENGINE_DIR,
+    Manifest,
+    read_checkpoint,
+    read_manifest,
+    write_checkpoint,
+)
+from cellray.train.config import (
+    BatchSection,
+    CheckpointSection,
+    EngineSection,
+    OptimSection,
+    ScaleSection,
+    TrainSection,
+)
+from cellray.train.engine import Engine, build_engine
+from cellray.train.loop import Collator, Loop
+from cellray.train.prepare import TrainingData
+from cellray.train.telemetry import Telemetry
+
+__all__ = ["TrainJob", "build_objective", "train_worker"]
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All a worker needs; picklable.
+
+    Attributes:
+        name: the run's name.
+        manifest: the checkpoint manifest of step 0.
+        data: source, plan and validation cells.
+        steps: last step of the run.
+        init_from: checkpoint folder whose weights a fresh run starts with, or "".
+        train_backbone: False trains the classifier alone.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    name: str
+    manifest: Manifest
+    data: TrainingData
+    steps: int
+    seed: int
+    optim: OptimSection
+    batch: BatchSection
+    train: TrainSection
+    engine: EngineSection
+    scale: ScaleSection
+    checkpoint: CheckpointSection
+    init_from: str = ""
+    train_backbone: bool = True
+    device: str = "cpu"
+
+
+def build_objective(config: Mapping[str, Any], vocab: Any) -> Objective:
+    """Build the objective that ``config["name"]`` names."""
+    unit = registry.find("cellray.objectives", config["name"], "OBJECTIVE")
+    objective: Objective = unit.build(build_section(unit.config, config), vocab)
+    return objective
+
+
+def model_of(manifest: Manifest, vocab: Any) -> CellModel:
+    """Build the (untrained) model that a manifest describes."""
+    config = build_section(family(manifest.family).config, manifest.model)
+    context = BuildContext(
+        vocab=vocab,
+        covariates={name: len(levels) for name, levels in manifest.covariates.items()},
+        max_tokens=int(manifest.tokenizer.get("max_tokens", 2048)),
+    )
+    return build_model(manifest.family, config, context, num_classes=len(manifest.classes))
+
+
+def load_backbone(model: CellModel, weights: Mapping[str, torch.Tensor]) -> list[str]:
+    """Start ``model`` from a checkpoint's weights; returns the names left untouched.
+
+    A classifier takes the weights of a bare backbone; a head of another shape stays new.
+    """
+    own = model.state_dict()
+    prefixed = {
+        (name if name in own else f"backbone.{name}"): value for name, value in weights.items()
+    }
+    fitting = {n: v for n, v in prefixed.items() if n in own and own[n].shape == v.shape}
+    wrong = [n for n in prefixed if n not in fitting and not n.startswith("head.")]
+    if wrong:
+        raise ValueError(f"weights that do not fit the model: {', '.join(wrong[:5])}")
+    model.load_state_dict({**own, **fitting})
+    return [n for n in own if n not in fitting]
+
+
+def freeze_unreached(model: nn.Module, objective: Objective, batch: CellBatch) -> list[str]:
+    """Freeze parameters that the loss does not reach (e.g. a pretraining decoder)."""
+    objective.loss(model(batch), batch).total.backward()  # type: ignore[no-untyped-call]
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            frozen.append(name)
+        parameter.grad = None
+    return frozen
+
+
+class _Worker:
+    """One rank of one training run."""
+
+    def __init__(self, job: TrainJob) -> None:
+        context = ray.train.get_context()
+        self.job = job
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = torch.device("cpu")
+        if job.device == "cuda":
+            self.device = ray.train.torch.get_device()
+        else:
+            threads = job.scale.threads_per_worker
+            share = (os.cpu_count() or 1) // context.get_local_world_size()
+            torch.set_num_threads(threads or max(1, share))
+        self.vocab = job.data.source.vocab
+        self.objective = build_objective(job.manifest.objective, self.vocab)
+        self.collator = Collator(self.objective, self.vocab.pad, job.batch.cells_micro, job.seed)
+        self.telemetry = Telemetry(job.name, rank=self.rank)
+        self.validation = self._validation()
+        self.engine, self.first_step = self._engine()
+
+    def _model(self) -> CellModel:
+        job = self.job
+        torch.manual_seed(job.seed)
+        model = model_of(job.manifest, self.vocab)
+        if job.init_from:
+            _, _, weights = read_checkpoint(job.init_from)
+            load_backbone(model, weights)
+        if job.manifest.classes:
+            if not job.train_backbone:
+                for name, parameter in model.named_parameters():
+                    parameter.requires_grad_(name.startswith("head."))
+            block = job.data.source.tokens(job.data.plan.joinids[: job.batch.cells_micro], epoch=0)
+            codes = job.data.source.covariates(block.joinids)
+            probe = collate_tokens(block, pad=self.vocab.pad, covariates=codes)
+            freeze_unreached(model, self.objective, self.objective.corrupt(probe, _no_draw()))
+        return model.to(self.device)
+
+    def _engine(self) -> tuple[Engine, int]:
+        job = self.job
+        engine = build_engine(
+            self._model(),
+            self.objective,
+            name=job.engine.name,
+            zero_stage=job.engine.zero_stage,
+            optim=job.optim,
+            precision=job.train.precision,
+            cells_micro=job.batch.cells_micro,
+            accumulation=job.batch.cells_global // (job.batch.cells_micro * self.world),
+        )
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return engine, 0
+        with checkpoint.as_directory() as folder:
+            manifest = read_manifest(folder)
+            engine.load(Path(folder) / ENGINE_DIR)
+        torch.manual_seed(job.seed + manifest.step)
+        return engine, manifest.step
+
+    def _validation(self) -> list[CellBatch]:
+        """This rank's share of the validation cells, the same number of batches on every rank."""
+        job = self.job
+        joinids = job.data.validation
+        share = min(len(joinids), job.train.eval_cells) // self.world
+        if share == 0:
+            return []
+        # Evenly spread over the store's order, then dealt to ranks: the union is the same for
+        # any number of workers up to a remainder.
+        spread = np.linspace(0, len(joinids) - 1, share * self.world).round().astype(np.int64)
+        mine = joinids[spread][self.rank :: self.world]
+        tokenizer = make_tokenizer(job.data.source.tokenizer, self.vocab)
+        block = job.data.source.tokens(mine, epoch=0, tokenizer=tokenizer)
+        return self.collator(block, job.data.source.covariates(mine), epoch=0)
+
+    def report(self, metrics: dict[str, float], save: bool) -> None:
+        """Send metrics, and on saving steps a checkpoint, to the controller."""
+        self.telemetry.observe(metrics)
+        if not save:
+            ray.train.report(metrics)
+            return
+        folder = Path(tempfile.mkdtemp(prefix="cellray-checkpoint-"))
+        self._save(folder, metrics)
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def _save(self, folder: Path, metrics: Mapping[str, float]) -> None:
+        engine_dir = folder / ENGINE_DIR
+        engine_dir.mkdir()
+        self.engine.save(engine_dir)
+        weights = self.engine.weights()
+        if self.rank == 0:
+            step = int(metrics["step"])
+            cursor = asdict(self.job.data.plan.cursor(step))
+            manifest = self.job.manifest.at(step, cursor, self.world, dict(metrics))
+            write_checkpoint(folder, manifest, vocab=self.vocab, weights=weights)
+
+    def run(self) -> None:
+        """Train from the last checkpoint to the run's last step."""
+        job = self.job
+        loop = Loop(
+            engine=self.engine,
+            collator=self.collator,
+            optim=job.optim,
+            train=job.train,
+            total_steps=job.steps,
+            save_every_steps=job.checkpoint.every_steps,
+            report=self.report,
+            validation=self.validation,
+        )
+        loop.run(self._stream())
+
+    def _stream(self) -> Iterator[Any]:
+        job = self.job
+        return token_stream(
+            job.data.source,
+            job.data.plan,
+            first_step=self.first_step,
+            last_step=job.steps,
+            rank=self.rank,
+            world=self.world,
+            actors=job.scale.tokenizer_actors,
+            cpus_per_actor=job.scale.cpus_per_actor,
+        )
+
+
+def _no_draw() -> Any:
+    from cellray.core.draw import Draw
+
+    return Draw(0)
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """The function Ray Train runs on every worker; ``config["job"]`` references a TrainJob."""
+    _Worker(ray.get(config["job"])).run()
