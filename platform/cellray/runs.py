@@ -214,7 +214,7 @@ class TuneRun(Run):
 
 # job -> (section, "module:function" that executes it)
 JOBS: Mapping[str, tuple[type[Run], str]] = {
-    "ingest": (IngestRun, "cellray.data.ingest:run_ingest"),
+    "ingest": (IngestRun, "cellray.data.ingest_job:run_ingest"),
     "pretrain": (PretrainRun, "cellray.train.pretrain:pretrain"),
     "finetune": (FinetuneRun, "cellray.train.finetune:finetune"),
     "tune": (TuneRun, "cellray.tune.sweep:tune"),

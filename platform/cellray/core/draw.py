@@ -55,11 +55,17 @@ class Draw:
             cells: cell ids (SOMA joinids), any integer shape.
             positions: a second key that broadcasts against ``cells``, e.g. token ids.
         """
+        return splitmix64(self.cell_keys(stream, cells) ^ splitmix64(_u64(positions)))
+
+    def cell_keys(self, stream: str, cells: npt.ArrayLike) -> U64:
+        """The per-cell half of :meth:`bits`, for compiled kernels that finish the hash themselves.
+
+        ``bits(stream, cells, p) == splitmix64(cell_keys(stream, cells) ^ splitmix64(p))``.
+        """
         key = np.array([zlib.crc32(stream.encode())], dtype=np.uint64)
         for part in (self.seed, self.epoch):
             key = splitmix64(key ^ splitmix64(np.array([part], dtype=np.uint64)))
-        by_cell = splitmix64(_u64(cells) ^ key[0])
-        return splitmix64(by_cell ^ splitmix64(_u64(positions)))
+        return splitmix64(_u64(cells) ^ key[0])
 
     def uniform(
         self, stream: str, cells: npt.ArrayLike, positions: npt.ArrayLike = 0

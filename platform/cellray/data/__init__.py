@@ -1,1 +1,1 @@
-"""From files to a stream of cells: ingest, stores, vocabularies, plans, Ray Data pipelines and batches."""
+"""From files to a stream of cells: ingest, stores, vocabularies, plans, pipelines, batches."""

@@ -112,7 +112,7 @@ def token_stream(
         _TokenizeWindow,
         batch_size=None,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(size=min(actors, windows.num_windows)),
         num_cpus=cpus_per_actor,
         fn_constructor_args=(ray.put(source), ray.put(plan), rank, world),
     )

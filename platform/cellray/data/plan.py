@@ -13,8 +13,8 @@ How an epoch is ordered
     3. Inside a window of ``window_batches`` global batches each lane orders its cells by keyed
        draws, or, with ``bucket_by_length``, by length: then a global batch holds cells of like
        length, and the batches of the window are permuted, by the same draw in all lanes.
-    4. What does not fill a last global batch is the declared remainder of the epoch. It differs
-       between epochs.
+    4. What does not fill a last global batch is the declared remainder of the epoch: cells chosen
+       by keyed draws, others in each epoch.
 """
 
 from __future__ import annotations
@@ -119,16 +119,21 @@ class EpochPlan:
             )
         share = self.lanes // world
         part = self.order(epoch)[first:last, rank * share : (rank + 1) * share]
-        return self.joinids[part.reshape(len(part), -1)]
+        return self.joinids[part.reshape(len(part), self.cells_global // world)]
 
     def _permuted(self, draw: Draw) -> I64:
-        """Indices of all N cells, runs permuted."""
+        """Indices of the epoch's cells, runs permuted; the remainder is left out."""
         total = len(self.joinids)
+        left_out = np.zeros(total, dtype=bool)
+        if self.remainder_cells:
+            chance = draw.bits("plan.remainder", self.joinids)
+            left_out[np.argpartition(chance, self.remainder_cells)[: self.remainder_cells]] = True
         runs = np.arange(-(-total // self.run_cells), dtype=np.int64)
         keys = draw.bits("plan.runs", self.joinids[runs * self.run_cells])
         starts = runs[np.argsort(keys, kind="stable")] * self.run_cells
         cells = starts[:, None] + np.arange(self.run_cells)
-        return cells[cells < total]
+        cells = cells[cells < total]
+        return cells[~left_out[cells]]
 
     def _window(self, lanes_LC: I64, draw: Draw, first: int) -> I64:
         """Order one window; ``lanes_LC``: (lanes, cells per lane of the window)."""
@@ -151,8 +156,7 @@ def _order(plan: EpochPlan, epoch: int) -> I64:
     draw = Draw(plan.seed, epoch)
     batches = plan.batches_per_epoch
     per_lane = plan.cells_global // plan.lanes
-    used = plan._permuted(draw)[: batches * plan.cells_global]
-    lanes_LM = used.reshape(plan.lanes, batches * per_lane)
+    lanes_LM = plan._permuted(draw).reshape(plan.lanes, batches * per_lane)
     windows = []
     for first in range(0, batches, plan.window_batches):
         last = min(first + plan.window_batches, batches)

@@ -21,12 +21,15 @@ from typing import Any
 import torch
 
 from cellray.core.errors import CheckpointError, DataError, did_you_mean
+from cellray.core.section import build_section
 from cellray.data.vocab import Vocab
+from cellray.models.base import BuildContext, CellModel, build_model, family
 
 __all__ = [
     "ENGINE_DIR",
     "Manifest",
     "export_model",
+    "model_of",
     "read_checkpoint",
     "read_manifest",
     "write_checkpoint",
@@ -139,6 +142,17 @@ def read_checkpoint(path: str | Path) -> tuple[Manifest, Vocab, dict[str, torch.
             f"({manifest.vocab_fingerprint[:12]}); the folder was changed after training"
         )
     return manifest, vocab, weights
+
+
+def model_of(manifest: Manifest, vocab: Vocab) -> CellModel:
+    """Build the (untrained) model that a manifest describes."""
+    config = build_section(family(manifest.family).config, manifest.model)
+    context = BuildContext(
+        vocab=vocab,
+        covariates={name: len(levels) for name, levels in manifest.covariates.items()},
+        max_tokens=int(manifest.tokenizer.get("max_tokens", 2048)),
+    )
+    return build_model(manifest.family, config, context, num_classes=len(manifest.classes))
 
 
 def export_model(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from cellray.data.config import DataSection
 from cellray.data.plan import EpochPlan, default_lanes
 from cellray.data.soma import Store, open_store
 from cellray.data.split import split_by
-from cellray.data.stats import check_coverage, nonzero_medians, store_coverage
+from cellray.data.stats import check_coverage, coverage, nonzero_medians
 from cellray.data.tokens import TokenSource, tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.train.config import BatchSection, TrainSection
@@ -61,22 +61,26 @@ class Cells:
         """(N,) expected tokens per cell from obs ``nnz``; None if the store does not know it."""
         if "nnz" not in self.obs:
             return None
-        return np.minimum(self.obs["nnz"].to_numpy(dtype=np.int64), max_tokens)
+        return np.asarray(np.minimum(self.obs["nnz"].to_numpy(dtype=np.int64), max_tokens))
 
 
-def select_cells(data: DataSection, columns: Sequence[str] = ()) -> Cells:
+def select_cells(
+    data: DataSection, columns: Sequence[str] | Callable[[list[str]], list[str]] = ()
+) -> Cells:
     """Open the store and apply the obs filter.
 
     Args:
         data: the section.
-        columns: obs columns the run needs besides those the section names.
+        columns: obs columns the run needs besides those the section names, or a function from the
+            columns there are to those.
 
     Raises:
         DataError: no such store, measurement, layer or column, a bad filter, or nothing selected.
     """
     store = open_store(data.uri, measurement=data.measurement, layer=data.layer)
     known = store.obs_columns()
-    wanted = [*data.covariates, *columns, *([data.split.by] if data.split.by else [])]
+    named = columns(known) if callable(columns) else columns
+    wanted = [*data.covariates, *named, *([data.split.by] if data.split.by else [])]
     if data.min_genes_per_cell and "nnz" not in known:
         raise DataError(
             "data.min_genes_per_cell needs an obs column 'nnz', which the store does not have; "
@@ -237,8 +241,7 @@ def make_training_data(
         ConfigError: fewer training cells than a global batch.
     """
     mapping = gene_map(cells.store, vocab)
-    coverage = store_coverage(cells.store, mapping, cells.joinids)
-    warnings = check_coverage(coverage, vocab)
+    warnings = check_coverage(coverage(cells.store, vocab, joinids=cells.joinids), vocab)
     codes, names = encode(cells.obs, data.covariates, categories)
     max_tokens = int(getattr(tokenizer, "max_tokens", 2**31))
     lengths = cells.lengths(max_tokens) if data.bucket_by_length else None

@@ -7,6 +7,7 @@ what is exported; the Grafana dashboard is tested against it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,7 +28,7 @@ class Metric:
         name: as given to Ray, without its ``ray_`` prefix and, for a counter, ``_total``.
         kind: ``counter`` adds up; ``gauge`` is the last value.
         description: help text on the metrics page, with the unit.
-        source: the key of a training report that it is read from.
+        source: the key of a training report that it is read from; "" is counted here.
         scope: ``run``: all ranks report the same number and rank 0 exports it, so that a sum
             over ranks does not count it again; ``rank``: every rank exports its own.
     """
@@ -43,13 +44,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("cellray_cells", "counter", "Cells trained on, over all ranks.", "cells"),
     Metric("cellray_tokens", "counter", "Tokens trained on, without padding.", "tokens"),
     Metric("cellray_steps", "counter", "Optimizer steps taken.", "step"),
+    Metric("cellray_nonfinite_reports", "counter", "Reports that held a NaN or an infinity.", ""),
     Metric("cellray_step", "gauge", "Last optimizer step of the run.", "step"),
     Metric("cellray_loss", "gauge", "Training loss since the last report.", "train/loss"),
     Metric("cellray_validation_loss", "gauge", "Last validation loss.", "validation/loss"),
     Metric("cellray_learning_rate", "gauge", "Learning rate of the last step.", "learning_rate"),
     Metric("cellray_cells_per_second", "gauge", "Cells a second, all ranks.", "cells_per_s"),
     Metric("cellray_tokens_per_second", "gauge", "Tokens a second, all ranks.", "tokens_per_s"),
-    Metric("cellray_padding_fraction", "gauge", "Padding in the batches, 0..1.", "padding_fraction"),
+    Metric(
+        "cellray_padding_fraction", "gauge", "Padding in the batches, 0..1.", "padding_fraction"
+    ),
     Metric("cellray_eta_seconds", "gauge", "Expected seconds to the last step.", "eta_s"),
     Metric("cellray_step_seconds", "gauge", "Mean seconds of a step.", "step_s", "rank"),
     Metric(
@@ -100,16 +104,20 @@ class Telemetry:
         Args:
             metrics: keys as the loop reports them (:attr:`Metric.source`); ``cells`` and ``tokens``
                 are those since the last report, ``step`` the absolute step. Keys that no metric
-                reads are left alone, and a metric whose key is absent keeps its last value.
+                reads are left alone, and a metric whose key is absent keeps its last value. So
+                does one whose value is not finite (Ray would drop the series from the page);
+                ``cellray_nonfinite_reports`` counts such reports.
         """
+        step = float(metrics.get("step", self._last_step))
+        values = {key: float(value) for key, value in metrics.items()}
+        counted = {**values, "step": step - self._last_step}
+        counted[""] = float(not all(math.isfinite(value) for value in values.values()))
         for metric, instrument in self._instruments:
-            if metric.source not in metrics:
+            value = (values if metric.kind == "gauge" else counted).get(metric.source, math.nan)
+            if not math.isfinite(value):
                 continue
-            value = float(metrics[metric.source])
             if metric.kind == "gauge":
                 instrument.set(value)
-                continue
-            grown = value - self._last_step if metric.source == "step" else value
-            if grown > 0:  # Ray's counters refuse 0
-                instrument.inc(grown)
-        self._last_step = max(self._last_step, float(metrics.get("step", self._last_step)))
+            elif value > 0:  # Ray's counters refuse 0
+                instrument.inc(value)
+        self._last_step = max(self._last_step, step)

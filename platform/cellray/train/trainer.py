@@ -63,18 +63,25 @@ def cpus_needed(scale: ScaleSection) -> float:
     return scale.workers * (scale.cpus_per_worker + actors) + 1
 
 
-def ensure_ray(scale: ScaleSection | None = None) -> None:
+def ensure_ray(
+    scale: ScaleSection | None = None, *, extra_cpus: float = 0.0, times: int = 1
+) -> None:
     """Connect to the cluster that RAY_ADDRESS or a running job names, else start a local Ray.
 
     A local Ray is given as many logical CPUs as the run reserves, if the machine has fewer cores:
     a small machine then shares its cores instead of waiting for ever.
+
+    Args:
+        scale: what a run reserves.
+        extra_cpus: reserved besides (the trials of a sweep).
+        times: such runs at a time.
 
     Raises:
         ConfigError: a running cluster is too small for the run; it would starve.
     """
     from cellray.ops.environment import local_ray_environment
 
-    needed = cpus_needed(scale) if scale else 1.0
+    needed = (cpus_needed(scale) if scale else 1.0) * times + extra_cpus
     if not ray.is_initialized():
         if os.environ.get("RAY_ADDRESS"):
             ray.init(logging_level="warning")
@@ -352,7 +359,7 @@ def pick_device(scale: ScaleSection) -> str:
     """
     if not scale.gpus_per_worker:
         return "cpu"
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         raise ConfigError(
             f"scale.gpus_per_worker = {scale.gpus_per_worker:g}, but torch {torch.__version__} "
             "is a CPU build; install the CUDA build of the same version, or set it to 0"

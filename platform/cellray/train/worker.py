@@ -18,15 +18,17 @@ from torch import nn
 
 from cellray.core import registry
 from cellray.core.batch import CellBatch
+from cellray.core.draw import Draw
 from cellray.core.section import build_section
 from cellray.data.collate import collate_tokens
 from cellray.data.pipeline import token_stream
 from cellray.data.tokens import make_tokenizer
-from cellray.models.base import BuildContext, CellModel, build_model, family
+from cellray.models.base import CellModel
 from cellray.objectives.base import Objective
 from cellray.train.checkpoint import (
     ENGINE_DIR,
     Manifest,
+    model_of,
     read_checkpoint,
     read_manifest,
     write_checkpoint,
@@ -82,17 +84,6 @@ def build_objective(config: Mapping[str, Any], vocab: Any) -> Objective:
     unit = registry.find("cellray.objectives", config["name"], "OBJECTIVE")
     objective: Objective = unit.build(build_section(unit.config, config), vocab)
     return objective
-
-
-def model_of(manifest: Manifest, vocab: Any) -> CellModel:
-    """Build the (untrained) model that a manifest describes."""
-    config = build_section(family(manifest.family).config, manifest.model)
-    context = BuildContext(
-        vocab=vocab,
-        covariates={name: len(levels) for name, levels in manifest.covariates.items()},
-        max_tokens=int(manifest.tokenizer.get("max_tokens", 2048)),
-    )
-    return build_model(manifest.family, config, context, num_classes=len(manifest.classes))
 
 
 def load_backbone(model: CellModel, weights: Mapping[str, torch.Tensor]) -> list[str]:
@@ -159,7 +150,7 @@ class _Worker:
             block = job.data.source.tokens(job.data.plan.joinids[: job.batch.cells_micro], epoch=0)
             codes = job.data.source.covariates(block.joinids)
             probe = collate_tokens(block, pad=self.vocab.pad, covariates=codes)
-            freeze_unreached(model, self.objective, self.objective.corrupt(probe, _no_draw()))
+            freeze_unreached(model, self.objective, self.objective.corrupt(probe, Draw(0)))
         return model.to(self.device)
 
     def _engine(self) -> tuple[Engine, int]:
@@ -247,12 +238,6 @@ class _Worker:
             actors=job.scale.tokenizer_actors,
             cpus_per_actor=job.scale.cpus_per_actor,
         )
-
-
-def _no_draw() -> Any:
-    from cellray.core.draw import Draw
-
-    return Draw(0)
 
 
 def train_worker(config: dict[str, Any]) -> None:

@@ -1,0 +1,228 @@
+"""The features that baselines share: log-normalised variable genes, and principal components.
+
+Everything is fitted on training cells and applied unchanged to others: the choice of genes, their
+scale, the components. All of it is exact linear algebra without random numbers, so the same
+training cells give the same features whatever the seed.
+
+Legend: N cells, G genes of the data, K chosen genes, P components.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from scipy import linalg, sparse
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from cellray.baselines.base import BaselineConfig, check_genes
+from cellray.core.errors import DataError
+
+__all__ = [
+    "Components",
+    "FeatureConfig",
+    "GeneFeatures",
+    "fit_components",
+    "fit_genes",
+    "log_normalise",
+    "one_thread",
+    "variable_genes",
+]
+
+F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+
+_BINS = 20
+_CLIP = 10.0  # in standard deviations: one outlier count may not own a component
+
+
+class FeatureConfig(BaselineConfig):
+    """Keys of every baseline that works on variable genes.
+
+    Attributes:
+        num_genes: variable genes kept at most.
+        target_sum: counts each cell is scaled to before log1p.
+        min_cells: a gene counts as a candidate if at least this many training cells detect it.
+    """
+
+    num_genes: int = Field(default=2000, ge=1)
+    target_sum: float = Field(default=1e4, gt=0)
+    min_cells: int = Field(default=3, ge=1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Linear algebra on one thread: more would add in another order, and crowd shared cores."""
+    with threadpool_limits(limits=1):
+        yield
+
+
+def _scale_rows(counts: sparse.csr_matrix, target_sum: float) -> sparse.csr_matrix:
+    sizes = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    factors = np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    scaled = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
+    scaled.data *= np.repeat(factors, np.diff(scaled.indptr))
+    return scaled
+
+
+def log_normalise(counts: sparse.csr_matrix, *, target_sum: float = 1e4) -> sparse.csr_matrix:
+    """``log1p(counts / library size * target_sum)``; a cell without counts stays zero.
+
+    Args:
+        counts: (N, G) raw counts.
+        target_sum: counts each cell is scaled to.
+
+    Returns:
+        (N, G) float64 csr.
+    """
+    result = _scale_rows(counts, target_sum)
+    np.log1p(result.data, out=result.data)
+    return result
+
+
+def _moments(matrix: sparse.csr_matrix) -> tuple[F64, F64]:
+    """Mean and variance (n - 1) of each column, (G,) each."""
+    num = matrix.shape[0]
+    mean = np.asarray(matrix.mean(axis=0), dtype=np.float64).ravel()
+    square = np.asarray(matrix.multiply(matrix).mean(axis=0), dtype=np.float64).ravel()
+    return mean, np.maximum(square - mean**2, 0.0) * (num / max(num - 1, 1))
+
+
+def _standardised(dispersion: F64, mean: F64) -> F64:
+    """Dispersion against genes of like mean: (x - median) / MAD within 20 quantile bins."""
+    edges = np.quantile(mean, np.linspace(0, 1, _BINS + 1)[1:-1])
+    bins = np.searchsorted(edges, mean, side="right")
+    result = np.zeros_like(dispersion)
+    for index in np.unique(bins):
+        inside = bins == index
+        centre = np.median(dispersion[inside])
+        spread = np.median(np.abs(dispersion[inside] - centre))
+        result[inside] = (dispersion[inside] - centre) / (spread if spread > 0 else 1.0)
+    return result
+
+
+def variable_genes(
+    counts: sparse.csr_matrix, *, num_genes: int, target_sum: float = 1e4, min_cells: int = 3
+) -> I64:
+    """The genes whose dispersion stands out among genes of like mean.
+
+    Log variance-to-mean ratio of depth-normalised counts, standardised by median and MAD in 20
+    mean quantiles (the scheme of Zheng et al. 2017, doi:10.1038/ncomms14049).
+
+    Args:
+        counts: (N, G) raw counts of training cells.
+        num_genes: genes at most.
+        target_sum: counts each cell is scaled to.
+        min_cells: training cells that must detect a candidate.
+
+    Returns:
+        (K,) ascending gene positions; ties go to the lower position.
+
+    Raises:
+        DataError: no gene varies among the training cells.
+    """
+    mean, variance = _moments(_scale_rows(counts, target_sum))
+    detected = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
+    candidates = np.flatnonzero((detected >= min(min_cells, counts.shape[0])) & (variance > 0))
+    if not len(candidates):
+        raise DataError(
+            f"no gene varies among the {counts.shape[0]} training cells (detected in at least "
+            f"{min_cells}); train on more cells or lower min_cells"
+        )
+    dispersion = np.log(variance[candidates] / mean[candidates])
+    score = _standardised(dispersion, mean[candidates])
+    best = np.argsort(-score, kind="stable")[:num_genes]
+    return np.sort(candidates[best]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class GeneFeatures:
+    """Fitted: which genes, and how each is scaled.
+
+    Shapes:
+        genes: (K,) int64 positions among the G genes.
+        scale: (K,) float64 standard deviations of the log-normalised training cells.
+    """
+
+    num_input_genes: int
+    target_sum: float
+    genes: I64
+    scale: F64
+
+    def apply(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        """(N, G) raw counts -> (N, K) float32: log-normalised, divided by ``scale``, at most 10.
+
+        The library size is over all G genes. Not centred, so that zeros stay zeros.
+
+        Raises:
+            DataError: another number of genes, or counts that are not raw.
+        """
+        check_genes(counts, self.num_input_genes)
+        chosen = log_normalise(counts, target_sum=self.target_sum)[:, self.genes].tocsr()
+        chosen.data = np.minimum(chosen.data / self.scale[chosen.indices], _CLIP)
+        chosen.sort_indices()
+        return chosen.astype(np.float32)
+
+
+def fit_genes(counts: sparse.csr_matrix, config: FeatureConfig) -> GeneFeatures:
+    """Choose and scale variable genes on training cells ``counts`` (N, G).
+
+    Raises:
+        DataError: no gene varies.
+    """
+    genes = variable_genes(
+        counts,
+        num_genes=config.num_genes,
+        target_sum=config.target_sum,
+        min_cells=config.min_cells,
+    )
+    logged = log_normalise(counts, target_sum=config.target_sum)[:, genes]
+    scale = np.sqrt(_moments(logged.tocsr())[1])
+    keep = scale > 0  # equal after log1p up to rounding: nothing to learn from
+    return GeneFeatures(counts.shape[1], config.target_sum, genes[keep], scale[keep])
+
+
+@dataclass(frozen=True)
+class Components:
+    """Fitted principal components of scaled genes.
+
+    Shapes:
+        mean: (K,) training mean.
+        axes: (K, P) unit columns, largest variance first; the largest entry of each is positive.
+        variance: (P,) variance of the training cells along each.
+    """
+
+    mean: F64
+    axes: F64
+    variance: F64
+
+    def apply(self, scaled: sparse.csr_matrix) -> F32:
+        """(N, K) scaled genes -> (N, P) coordinates."""
+        return np.asarray(scaled @ self.axes - self.mean @ self.axes, dtype=np.float32)
+
+
+def fit_components(scaled: sparse.csr_matrix, num_components: int) -> Components:
+    """Principal components by an exact eigendecomposition of the (K, K) covariance.
+
+    Args:
+        scaled: (N, K) training cells from :meth:`GeneFeatures.apply`.
+        num_components: components wanted; P is at most N - 1 and K.
+    """
+    num, width = scaled.shape
+    wanted = max(1, min(num_components, num - 1, width))
+    exact = scaled.astype(np.float64)
+    mean = np.asarray(exact.mean(axis=0), dtype=np.float64).ravel()
+    covariance = (exact.T @ exact).toarray() - num * np.outer(mean, mean)
+    with one_thread():
+        values, vectors = linalg.eigh(
+            covariance / max(num - 1, 1), subset_by_index=[width - wanted, width - 1]
+        )
+    axes = vectors[:, ::-1]
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0)
+    signs = np.where(largest < 0, -1.0, 1.0)
+    return Components(mean, axes * signs, np.maximum(values[::-1], 0.0))

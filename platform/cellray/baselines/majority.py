@@ -1,0 +1,48 @@
+"""The majority class: what a method that looks at nothing scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+
+from cellray.baselines.base import BaselineConfig, BaselineUnit, check_genes, check_training
+
+__all__ = ["BASELINE", "MajorityConfig"]
+
+I64 = npt.NDArray[np.int64]
+
+
+class MajorityConfig(BaselineConfig):
+    """No keys beside the name."""
+
+    name: str = "majority"
+
+
+@dataclass(frozen=True)
+class _Majority:
+    num_genes: int
+    label: int
+
+    def predict(self, counts: sparse.csr_matrix) -> I64:
+        check_genes(counts, self.num_genes)
+        return np.full(counts.shape[0], self.label, dtype=np.int64)
+
+    def embed(self, counts: sparse.csr_matrix) -> None:
+        return None
+
+
+def _fit(config: MajorityConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Majority:
+    check_training(counts, labels)
+    return _Majority(counts.shape[1], int(np.bincount(labels).argmax()))
+
+
+BASELINE = BaselineUnit(
+    name="majority",
+    config=MajorityConfig,
+    fit=_fit,
+    seed_scope="",
+    title="the most frequent training class; a tie goes to the first",
+)

@@ -1,0 +1,221 @@
+"""The layout of a store on disk: names, tiling and column types, shared by reading and writing.
+
+A store follows the CELLxGENE Census: ``obs``, ``ms/RNA/var`` and ``ms/RNA/X/raw``. Census tiles X
+by 2,048 x 2,048; a store that is read in small runs of neighbouring cells wants tiles of few rows
+that span all genes, so ours are 64 rows tall: 64 neighbours touch their own data tiles only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow as pa
+
+from cellray.core.errors import DataError
+
+__all__ = [
+    "CELL_HASH",
+    "CELL_IDS",
+    "DATASET_ID",
+    "FORMAT_VERSION",
+    "GENE_IDS",
+    "GENE_NAMES",
+    "GENE_TILE",
+    "JOINID",
+    "LAYER",
+    "MEASUREMENT",
+    "META_FORMAT",
+    "META_LEDGER",
+    "NUM_MEASURED",
+    "NUM_NONZERO",
+    "OBS_ID",
+    "OWN_OBS",
+    "RAW_SUM",
+    "STAGING_SUFFIX",
+    "obs_to_arrow",
+    "table_options",
+    "unify",
+    "x_options",
+]
+
+MEASUREMENT = "RNA"
+LAYER = "raw"
+JOINID = "soma_joinid"
+
+# obs columns that ingest adds; all but the first and last are Census's own names.
+OBS_ID = "obs_id"
+DATASET_ID = "dataset_id"
+RAW_SUM = "raw_sum"
+NUM_NONZERO = "nnz"
+NUM_MEASURED = "n_measured_vars"
+CELL_HASH = "cell_hash"
+OWN_OBS = (OBS_ID, DATASET_ID, RAW_SUM, NUM_NONZERO, NUM_MEASURED, CELL_HASH)
+
+# Where other writers keep what we call by the first name of each tuple, in order of preference.
+CELL_IDS = (OBS_ID, "observation_joinid")
+GENE_IDS = ("feature_id", "var_id", "gene_id", "ensembl_id")
+GENE_NAMES = ("feature_name", "gene_symbol", "gene_name", "symbol")
+
+META_FORMAT = "cellray_format"
+META_LEDGER = "cellray_ledger"
+FORMAT_VERSION = 1
+STAGING_SUFFIX = ".ingesting"
+
+ROW_TILE = 64
+GENE_TILE = 1 << 20  # all genes of any measurement we know, with room to grow (ATAC peaks too)
+CAPACITY = 65_536
+ZSTD_LEVEL = 3
+MAX_LABELS = 32_767  # more distinct strings than this are stored plain, not dictionary-encoded
+
+_RESERVED = re.compile(r"^soma_")
+_ZSTD: dict[str, Any] = {"_type": "ZstdFilter", "level": ZSTD_LEVEL}
+
+
+def x_options() -> dict[str, Any]:
+    """Creation options of X: tiles of 64 cells x all genes, capacity 65,536, zstd 3."""
+    create = {
+        "capacity": CAPACITY,
+        "allows_duplicates": True,
+        "cell_order": "row-major",
+        "tile_order": "row-major",
+        "dims": {
+            "soma_dim_0": {"tile": ROW_TILE, "filters": [_ZSTD]},
+            "soma_dim_1": {"tile": GENE_TILE, "filters": ["ByteShuffleFilter", _ZSTD]},
+        },
+        "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD]}},
+    }
+    return {"tiledb": {"create": create}}
+
+
+def table_options() -> dict[str, Any]:
+    """Creation options of obs and var: capacity 65,536, tiles of 4,096 rows, zstd 3."""
+    create = {
+        "capacity": CAPACITY,
+        "dims": {JOINID: {"tile": 4096, "filters": ["DoubleDeltaFilter", _ZSTD]}},
+    }
+    return {"tiledb": {"create": create}}
+
+
+def _column(values: pd.Series) -> pa.Array:
+    """One obs column as Arrow: bool, int and float kept, everything else as strings."""
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(values.cat.categories.dtype) if _plain(values) else values
+    kind = values.dtype.kind if hasattr(values.dtype, "kind") else "O"
+    if kind == "b" or kind in "iu":
+        return pa.Array.from_pandas(values)
+    if kind == "f":
+        wide = values.astype(np.float32) if values.dtype == np.float16 else values
+        return pa.Array.from_pandas(wide)
+    missing = values.isna().to_numpy()
+    texts = values.astype(object).to_numpy(copy=True)
+    if pd.api.types.infer_dtype(texts, skipna=True) == "boolean":
+        return pa.array(np.where(missing, None, texts), pa.bool_())
+    texts[~missing] = [str(t) for t in texts[~missing]]
+    texts[missing] = None
+    return pa.array(texts, pa.large_string())
+
+
+def _plain(values: pd.Series) -> bool:
+    """Whether a categorical is numbers or booleans in disguise, with none missing."""
+    return values.cat.categories.dtype.kind in "biuf" and not bool(values.isna().any())
+
+
+def obs_to_arrow(obs: pd.DataFrame) -> pa.Table:
+    """The columns of an AnnData obs frame as Arrow, the index left out.
+
+    A column whose name the store uses itself (``obs_id``, ``nnz`` ...) or that SOMA reserves
+    (``soma_...``) becomes ``<name>_source``.
+    """
+    columns: dict[str, pa.Array] = {}
+    given = {str(name) for name in obs.columns}
+    for position, name in enumerate(obs.columns):
+        label = str(name) or "unnamed"
+        if label in OWN_OBS or _RESERVED.match(label):
+            label = f"{_RESERVED.sub('', label)}_source"
+            while label in given or label in columns:
+                label += "_source"
+        columns[label] = _column(obs.iloc[:, position])
+    return pa.table(columns)
+
+
+def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
+    """The type that holds all: equal ones stay, numbers widen, anything else becomes text."""
+    distinct = set(types)
+    if len(distinct) == 1:
+        return types[0]
+    integers = all(pa.types.is_integer(t) for t in distinct)
+    if integers and pa.uint64() not in distinct:
+        return pa.int64()
+    if all(pa.types.is_integer(t) or pa.types.is_floating(t) for t in distinct):
+        return pa.float64()
+    return pa.large_string()
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _decoded(array: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Without dictionary, and all text of one type."""
+    kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
+    wanted = pa.large_string() if _is_text(kind) else kind
+    return array if array.type == wanted else array.cast(wanted)
+
+
+def unify(tables: Sequence[pa.Table]) -> pa.Table:
+    """Stack obs tables: the union of their columns, null where a table has none.
+
+    Columns keep their type if all tables agree; integers and floats of different width widen; a
+    column whose kind differs between tables becomes text. Strings are dictionary-encoded unless
+    almost every cell has its own.
+
+    Raises:
+        DataError: there is no table.
+    """
+    if not tables:
+        raise DataError("no obs tables to stack")
+    names = list(dict.fromkeys(name for table in tables for name in table.column_names))
+    columns = {}
+    for name in names:
+        parts = [_decoded(t.column(name)) if name in t.column_names else None for t in tables]
+        # an all-null column (nobody filled it in) says nothing about the type
+        known = [p.type for p in parts if p is not None and p.null_count < len(p)]
+        kind = _common_type(known) if known else pa.large_string()
+        filled = [
+            pa.chunked_array([pa.nulls(len(t), kind)])
+            if p is None or p.null_count == len(p)
+            else p.cast(kind)
+            for p, t in zip(parts, tables, strict=True)
+        ]
+        whole = pa.chunked_array([c for p in filled for c in p.chunks], kind).combine_chunks()
+        columns[name] = _encode(whole)
+    return pa.table(columns)
+
+
+def _encode(array: pa.Array) -> pa.Array:
+    if isinstance(array, pa.ChunkedArray):
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if not pa.types.is_large_string(array.type):
+        return array
+    encoded = array.dictionary_encode()
+    labels = len(encoded.dictionary)
+    if labels > MAX_LABELS or labels > max(64, len(array) // 2):
+        return array
+    return sort_labels(encoded)
+
+
+def sort_labels(encoded: pa.DictionaryArray) -> pa.DictionaryArray:
+    """The same column with its labels in alphabetical order, so that codes do not say who came."""
+    order = np.argsort(np.array(encoded.dictionary.to_pylist(), dtype=object), kind="stable")
+    rank: npt.NDArray[np.int32] = np.empty(len(order), dtype=np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    old = encoded.indices.to_numpy(zero_copy_only=False)
+    missing = np.asarray(encoded.indices.is_null())
+    codes = rank[np.where(missing, 0, old).astype(np.int64)] if len(order) else np.zeros(len(old))
+    indices = pa.array(codes.astype(np.int32), mask=missing)
+    return pa.DictionaryArray.from_arrays(indices, encoded.dictionary.take(pa.array(order)))

@@ -1,0 +1,99 @@
+"""Building a store beside its place and putting it there whole, or not at all.
+
+    <uri>.ingesting/lock         held while an ingest runs; released by the system if it dies
+    <uri>.ingesting/experiment   the new store, being built
+    <uri>.ingesting/previous     the old store, between the two renames of the swap
+
+A store at ``<uri>`` is therefore always whole. An ingest that died leaves the staging folder; the
+next one takes it over, moves the old store back if it was caught between the renames, and starts
+afresh.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cellray.core.errors import DataError
+from cellray.data.schema import STAGING_SUFFIX
+
+__all__ = ["link_tree", "staging", "staging_of"]
+
+
+def staging_of(target: Path) -> Path:
+    """The folder beside ``target`` in which it is built."""
+    return target.with_name(target.name + STAGING_SUFFIX)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make ``target`` a copy of ``source`` that shares its files, or copies them if it cannot.
+
+    Only for files that are never changed in place; those of a TileDB array are not.
+    """
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:  # another file system, or one without hard links
+            shutil.copy2(old, new)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+def _take_over(target: Path, folder: Path) -> None:
+    """Undo what an ingest that died has left in its staging folder."""
+    previous = folder / "previous"
+    if previous.exists() and not target.exists():
+        previous.rename(target)
+    for leftover in (previous, folder / "experiment"):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+
+
+def _publish(target: Path, folder: Path) -> None:
+    previous = folder / "previous"
+    if target.exists():
+        target.rename(previous)
+    try:
+        (folder / "experiment").rename(target)
+    except OSError:
+        if previous.exists():
+            previous.rename(target)
+        raise
+
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """Give a path to build a store at; publish it at ``target`` if the block ends well.
+
+    On an error nothing at ``target`` changes and the staging folder is removed.
+
+    Args:
+        target: absolute path of the store, present or not; its parent is made.
+
+    Raises:
+        DataError: another ingest into ``target`` is running, or the folder cannot be written.
+    """
+    folder = staging_of(target)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        raise DataError(f"cannot write beside '{target}': {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise DataError(
+                f"another ingest into '{target}' is running; wait until it has ended"
+            ) from error
+        try:
+            _take_over(target, folder)
+            yield folder / "experiment"
+            _publish(target, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

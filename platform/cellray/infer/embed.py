@@ -1,0 +1,156 @@
+"""The embedding job: zero-shot cell embeddings of a store, as h5ad and as a picture."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from cellray.core.errors import DataError
+from cellray.data.stats import check_coverage, coverage
+from cellray.data.tokens import TokenSource
+from cellray.infer.load import LoadedModel, load
+from cellray.train.prepare import Cells, encode, gene_map, select_cells
+
+if TYPE_CHECKING:
+    from cellray.runs import EmbedRun
+
+__all__ = ["EmbedResult", "check_embed", "embed", "embed_cells", "token_source"]
+
+Say = Callable[[str], None]
+I64 = npt.NDArray[np.int64]
+_BLOCK_CELLS = 4096
+
+
+@dataclass(frozen=True)
+class EmbedResult:
+    """Where the embedding lies.
+
+    Attributes:
+        path: h5ad with ``obsm['X_cellray']`` (and ``X_umap``), no counts.
+        umap_path: the picture, "" if none was asked for.
+        num_cells: rows.
+        width: columns of the embedding.
+    """
+
+    path: str
+    umap_path: str
+    num_cells: int
+    width: int
+
+    def lines(self) -> list[str]:
+        """What the command line prints."""
+        told = [f"embedding: {self.path} ({self.num_cells} cells x {self.width})"]
+        return told + ([f"umap: {self.umap_path}"] if self.umap_path else [])
+
+
+def token_source(model: LoadedModel, cells: Cells) -> tuple[TokenSource, list[str]]:
+    """What turns a store's cells into a model's tokens, and warnings about the genes.
+
+    Raises:
+        DataError: no gene in common, or covariate values the model does not know.
+    """
+    mapping = gene_map(cells.store, model.vocab)
+    warnings = check_coverage(
+        coverage(cells.store, model.vocab, joinids=cells.joinids), model.vocab
+    )
+    wanted = list(model.manifest.covariates)
+    missing = [name for name in wanted if name not in cells.obs]
+    if missing:
+        raise DataError(
+            f"the model was trained with the covariates {', '.join(wanted)}; name them in "
+            f"data.covariates and make sure that obs has {', '.join(missing)}"
+        )
+    codes, _ = encode(cells.obs, wanted, model.manifest.covariates)
+    source = TokenSource(
+        store=cells.store,
+        gene_map=mapping,
+        vocab=model.vocab,
+        tokenizer=model.manifest.tokenizer,
+        joinids=cells.joinids,
+        codes=codes,
+    )
+    return source, warnings
+
+
+def embed_cells(
+    model: LoadedModel,
+    source: TokenSource,
+    joinids: I64,
+    *,
+    classify: bool = False,
+    cells_micro: int = 64,
+    say: Say | None = None,
+) -> npt.NDArray[np.float32]:
+    """Embeddings (N, D), or with ``classify`` class probabilities (N, C), block by block."""
+    parts = []
+    started = time.perf_counter()
+    work = model.classify_tokens if classify else model.embed_tokens
+    for start in range(0, len(joinids), _BLOCK_CELLS):
+        part = joinids[start : start + _BLOCK_CELLS]
+        tokens = source.tokens(part, epoch=0, tokenizer=model.tokenizer)
+        parts.append(work(tokens, cells_micro=cells_micro, covariates=source.covariates(part)))
+        done = start + len(part)
+        rate = done / (time.perf_counter() - started)
+        if say:
+            left = (len(joinids) - done) / rate
+            say(f"{done}/{len(joinids)} cells  {rate:.0f} cells/s  ETA {left:.0f} s")
+    return np.concatenate(parts)
+
+
+def check_embed(run: EmbedRun) -> list[str]:
+    """Check a run against its model and store; returns lines for ``--check``."""
+    model, cells, source, warnings = _open(run)
+    found = int((source.gene_map >= 0).sum())
+    return [
+        f"model: {model.path} ({model.manifest.family}, width {model.backbone.width})",
+        f"cells: {len(cells.joinids)}, {found} of {len(model.vocab)} vocabulary genes in the store",
+        *[f"warning: {w}" for w in warnings],
+    ]
+
+
+def _open(run: EmbedRun) -> tuple[LoadedModel, Cells, TokenSource, list[str]]:
+    model = load(run.model)
+    columns = [*run.colour_by, *model.manifest.covariates]
+    cells = select_cells(run.data, columns)
+    source, warnings = token_source(model, cells)
+    return model, cells, source, warnings
+
+
+def _picture(run: EmbedRun, embedding: npt.NDArray[np.float32], obs: pd.DataFrame) -> ad.AnnData:
+    from cellray.bench.umap import plot_umap, umap_embedding
+
+    coords = umap_embedding(embedding, seed=run.seed)
+    colours = {
+        name: obs[name].astype("string").fillna("unknown").tolist() for name in run.colour_by
+    }
+    plot_umap(coords, colours or {"cells": ["cell"] * len(obs)}, Path(run.output) / "umap.png")
+    return coords
+
+
+def embed(run: EmbedRun, say: Say) -> EmbedResult:
+    """Embed every selected cell; the output appears whole or not at all."""
+    model, cells, source, warnings = _open(run)
+    for warning in warnings:
+        say(f"warning: {warning}")
+    folder = Path(run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    embedding = embed_cells(model, source, cells.joinids, cells_micro=run.cells_micro, say=say)
+    obs = cells.obs.copy()
+    obs.index = pd.Index(obs["soma_joinid"].astype(str), name="cell")
+    result = ad.AnnData(obs=obs, obsm={"X_cellray": embedding})
+    result.uns["cellray"] = {"model": model.path, "family": model.manifest.family}
+    if run.umap:
+        result.obsm["X_umap"] = _picture(run, embedding, obs)
+    partial = folder / "embedding.h5ad.partial"
+    result.write_h5ad(partial)
+    partial.replace(folder / "embedding.h5ad")
+    picture = str(folder / "umap.png") if run.umap else ""
+    return EmbedResult(str(folder / "embedding.h5ad"), picture, *embedding.shape)

@@ -1,0 +1,245 @@
+"""A trained model ready for AnnData: load, embed, annotate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import anndata as ad
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import scipy.sparse as sp
+import torch
+
+from cellray.core.batch import CellBatch
+from cellray.core.blocks import CellBlock, TokenBlock
+from cellray.core.draw import Draw
+from cellray.core.errors import CheckpointError, DataError
+from cellray.data.collate import collate_tokens
+from cellray.data.tokens import make_tokenizer
+from cellray.data.vocab import Vocab
+from cellray.models.base import CellClassifier, CellModel, EmbedsCells
+from cellray.tokenizers.base import Tokenizer
+from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
+
+__all__ = ["LoadedModel", "block_of", "load", "take_tokens"]
+
+F32 = npt.NDArray[np.float32]
+
+
+def block_of(adata: ad.AnnData, vocab: Vocab, *, layer: str | None = None) -> CellBlock:
+    """Cells of an AnnData as a block over a vocabulary, whatever order its genes come in.
+
+    Gene ids are looked for in ``var['feature_id']``, ``var['ensembl_id']``, ``var['gene_ids']``
+    and the index, symbols in ``var['feature_name']``, ``var['gene_symbol']`` and the index; the
+    pair that matches the most genes of the vocabulary is taken.
+
+    Args:
+        adata: N cells with raw counts.
+        vocab: the model's gene space.
+        layer: layer with raw counts; None takes ``X``.
+
+    Raises:
+        DataError: counts that are not raw, or no gene in common with the vocabulary.
+    """
+    matrix = sp.csr_matrix(adata.X if layer is None else adata.layers[layer], dtype=np.float32)
+    _check_raw(matrix.data)
+    genes = _match(adata.var, vocab)
+    library = np.asarray(matrix.sum(axis=1), dtype=np.float32).reshape(-1)
+    order = np.argsort(genes, kind="stable")
+    order = order[genes[order] >= 0]
+    chosen = sp.csr_matrix(matrix[:, order])
+    chosen.eliminate_zeros()
+    chosen.sort_indices()
+    return CellBlock(
+        joinids=np.arange(adata.n_obs, dtype=np.int64),
+        indptr=chosen.indptr.astype(np.int64),
+        genes=genes[order][chosen.indices].astype(np.int32),
+        counts=chosen.data.astype(np.float32),
+        library_sizes=library,
+    )
+
+
+def _check_raw(values: F32) -> None:
+    bad = ~np.isfinite(values) | (values < 0) | (values != np.floor(values))
+    if bad.any():
+        raise DataError(
+            f"the model needs raw counts, but the matrix holds {values[bad][0]:.4g} (NaN, negative "
+            "or not an integer); pass layer='...' with the raw counts"
+        )
+
+
+def _match(var: pd.DataFrame, vocab: Vocab) -> npt.NDArray[np.int32]:
+    index = [str(name) for name in var.index]
+    ids = [
+        [str(x) if x else index[i] for i, x in enumerate(var[c].astype("string").fillna(""))]
+        for c in ("feature_id", "ensembl_id", "gene_ids")
+        if c in var
+    ]
+    names = [
+        var[c].astype("string").fillna("").tolist()
+        for c in ("feature_name", "gene_symbol", "gene_symbols", "gene_name")
+        if c in var
+    ]
+    best = np.full(len(index), -1, dtype=np.int32)
+    for feature_ids in [*ids, index]:
+        for symbols in [*names, index]:
+            found = vocab.match(feature_ids, symbols)
+            if (found >= 0).sum() > (best >= 0).sum():
+                best = found
+    if not (best >= 0).any():
+        raise DataError(
+            f"none of the {len(index)} genes ({', '.join(index[:3])}, ...) is in the model's "
+            f"vocabulary of {len(vocab)} ({', '.join(vocab.gene_ids[:3])}, ...); give Ensembl ids "
+            "or symbols of the organism the model was trained on"
+        )
+    return best
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A trained model with its gene space and tokenizer.
+
+    Attributes:
+        model: the module, in eval mode on the CPU.
+        vocab: its gene space.
+        manifest: how it was trained.
+        path: where it was loaded from.
+    """
+
+    model: CellModel
+    vocab: Vocab
+    manifest: Manifest
+    path: str
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Blocks of cells -> tokens."""
+        return make_tokenizer(self.manifest.tokenizer, self.vocab)
+
+    @property
+    def backbone(self) -> CellModel:
+        """The family's model, without a classifier."""
+        return self.model.backbone if isinstance(self.model, CellClassifier) else self.model
+
+    def batches(
+        self,
+        tokens: TokenBlock,
+        *,
+        cells_micro: int = 64,
+        covariates: Mapping[str, npt.NDArray[np.int64]] | None = None,
+    ) -> Iterator[tuple[npt.NDArray[np.int64], CellBatch]]:
+        """Padded batches of cells of like length, with the rows each holds."""
+        order = np.argsort(np.diff(tokens.indptr), kind="stable")
+        codes = {name: np.zeros(len(tokens), dtype=np.int64) for name in self.manifest.covariates}
+        codes |= dict(covariates or {})
+        for start in range(0, len(order), cells_micro):
+            rows = order[start : start + cells_micro]
+            part = take_tokens(tokens, rows)
+            here = {name: code[rows] for name, code in codes.items()}
+            yield rows, collate_tokens(part, pad=self.vocab.pad, covariates=here)
+
+    def embed_tokens(
+        self,
+        tokens: TokenBlock,
+        *,
+        cells_micro: int = 64,
+        covariates: Mapping[str, npt.NDArray[np.int64]] | None = None,
+    ) -> F32:
+        """Zero-shot cell embeddings of tokenised cells, (N, D) in their order.
+
+        Raises:
+            CheckpointError: the family gives no cell embeddings.
+        """
+        backbone = self.backbone
+        if not isinstance(backbone, EmbedsCells):
+            raise CheckpointError(f"family '{self.manifest.family}' does not embed cells")
+        result = np.zeros((len(tokens), backbone.width), dtype=np.float32)
+        with torch.no_grad():
+            for rows, batch in self.batches(tokens, cells_micro=cells_micro, covariates=covariates):
+                result[rows] = backbone.embed_cells(batch).float().numpy()
+        return result
+
+    def classify_tokens(
+        self,
+        tokens: TokenBlock,
+        *,
+        cells_micro: int = 64,
+        covariates: Mapping[str, npt.NDArray[np.int64]] | None = None,
+    ) -> F32:
+        """Class probabilities of tokenised cells, (N, C) in their order.
+
+        Raises:
+            CheckpointError: the model has no classifier.
+        """
+        if not isinstance(self.model, CellClassifier):
+            raise CheckpointError(
+                f"'{self.path}' has no classifier; fine-tune it first: cellray finetune"
+            )
+        result = np.zeros((len(tokens), len(self.manifest.classes)), dtype=np.float32)
+        with torch.no_grad():
+            for rows, batch in self.batches(tokens, cells_micro=cells_micro, covariates=covariates):
+                logits = self.model(batch).predictions["class_logits"]
+                result[rows] = torch.softmax(logits.float(), dim=-1).numpy()
+        return result
+
+    def tokens(self, adata: ad.AnnData, *, layer: str | None = None) -> TokenBlock:
+        """Tokenise the cells of an AnnData."""
+        return self.tokenizer(block_of(adata, self.vocab, layer=layer), Draw(0))
+
+    def embed(self, adata: ad.AnnData, *, layer: str | None = None) -> F32:
+        """Zero-shot cell embeddings, (N, D)."""
+        return self.embed_tokens(self.tokens(adata, layer=layer))
+
+    def annotate(self, adata: ad.AnnData, *, layer: str | None = None) -> pd.DataFrame:
+        """Predicted label and its probability for each cell, indexed like ``adata.obs``."""
+        probabilities = self.classify_tokens(self.tokens(adata, layer=layer))
+        best = probabilities.argmax(axis=1)
+        labels = np.asarray(self.manifest.classes, dtype=object)[best]
+        return pd.DataFrame(
+            {"label": labels, "probability": probabilities.max(axis=1)}, index=adata.obs_names
+        )
+
+
+def take_tokens(tokens: TokenBlock, rows: npt.NDArray[np.int64]) -> TokenBlock:
+    """The cells at ``rows`` of a token block, in that order."""
+    lengths = np.diff(tokens.indptr)[rows]
+    indptr = np.zeros(len(rows) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=indptr[1:])
+    source = np.arange(indptr[-1]) + np.repeat(tokens.indptr[:-1][rows] - indptr[:-1], lengths)
+    return TokenBlock(tokens.joinids[rows], indptr, tokens.tokens[source], tokens.values[source])
+
+
+def load(path: str) -> LoadedModel:
+    """Load a checkpoint folder, a run directory, or an MLflow model URI (``models:/name/1``).
+
+    Raises:
+        CheckpointError: there is no model, or it is torn.
+    """
+    folder = _local(path)
+    manifest, vocab, weights = read_checkpoint(folder)
+    model = model_of(manifest, vocab)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights in '{path}' do not fit its own configuration: {error}"
+        ) from error
+    return LoadedModel(model.eval(), vocab, manifest, str(path))
+
+
+def _local(path: str) -> Path:
+    if path.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
+        from mlflow.artifacts import download_artifacts
+
+        fetched = Path(download_artifacts(artifact_uri=path))
+        found: list[Any] = sorted(fetched.rglob("manifest.json"))
+        if not found:
+            raise CheckpointError(f"'{path}' holds no cellray checkpoint")
+        return Path(found[0].parent)
+    folder = Path(path)
+    return folder / "model" if (folder / "model" / "manifest.json").is_file() else folder

@@ -1,0 +1,196 @@
+"""Geneformer: a BERT encoder over the genes of a cell in rank order.
+
+Architecture and sizes: doi:10.1038/s41586-023-06139-9 and the configurations of the published
+models. Post-norm blocks, absolute positions, one token type, masked-gene head tied to the gene
+table. The defaults are those of the 10 M parameter model.
+
+Legend: B cells, T tokens, D width, H heads, G genes, V vocabulary tokens, M masked tokens, C
+classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from cellray.core.batch import CellBatch, ModelOutput
+from cellray.core.errors import ConfigError
+from cellray.models.base import BuildContext, CellModel, Family, ModelConfig
+from cellray.nn.blocks import Activation, BlockSpec, Encoder
+from cellray.nn.embeddings import RankedEmbedding
+from cellray.nn.heads import PooledClassifier, TiedTokenDecoder
+from cellray.nn.init import init_bert
+
+__all__ = ["FAMILY", "Geneformer", "GeneformerConfig"]
+
+Tensor = torch.Tensor
+
+
+class GeneformerConfig(ModelConfig):
+    """Sizes of a Geneformer.
+
+    Attributes:
+        family: ``geneformer``.
+        width: D.
+        num_layers: encoder blocks.
+        num_heads: H; divides ``width``.
+        ffn_width: inner width of the feed-forward layers.
+        dropout: after the embedding, attention and feed-forward layers, on attention weights and
+            in the classifier.
+        activation: of feed-forward layers and the masked-gene head.
+        layer_norm_eps: epsilon of every layer norm.
+        max_positions: rows of the position table; 0 takes the tokenizer's ``max_tokens``.
+        embedding_layer: hidden state that zero-shot cell embeddings are made of: 0 the last, -1
+            the second to last (the source's recommendation), down to ``-num_layers``, the
+            embedding itself.
+        cell_embedding: ``mean`` over gene tokens, or ``cls``, the first token (for V2 models, whose
+            tokenizer puts ``<cls>`` there).
+    """
+
+    family: str = "geneformer"
+    width: int = Field(default=256, ge=1)
+    num_layers: int = Field(default=6, ge=1)
+    num_heads: int = Field(default=4, ge=1)
+    ffn_width: int = Field(default=512, ge=1)
+    dropout: float = Field(default=0.02, ge=0.0, lt=1.0)
+    activation: Activation = "relu"
+    layer_norm_eps: float = Field(default=1e-12, gt=0.0)
+    max_positions: int = Field(default=0, ge=0)
+    embedding_layer: int = Field(default=-1, le=0)
+    cell_embedding: Literal["mean", "cls"] = "mean"
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> GeneformerConfig:
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"width = {self.width} is not a multiple of num_heads = {self.num_heads}"
+            )
+        if -self.embedding_layer > self.num_layers:
+            raise ValueError(
+                f"embedding_layer = {self.embedding_layer} is before the first of num_layers = "
+                f"{self.num_layers}; allowed: {-self.num_layers} .. 0"
+            )
+        return self
+
+
+class Geneformer(CellModel):
+    """Predicts hidden genes of a ranked cell; see :class:`GeneformerConfig`.
+
+    Capabilities: EmbedsCells, EmbedsGenes, ExposesAttention. They follow the module's mode and the
+    caller's gradient mode: call ``eval()`` and use ``torch.no_grad()`` for repeatable embeddings.
+
+    Args:
+        config: sizes.
+        context: the vocabulary and the longest cell.
+    """
+
+    def __init__(self, config: GeneformerConfig, context: BuildContext) -> None:
+        super().__init__()
+        vocab = context.vocab
+        self.config = config
+        self.width = config.width
+        self.num_positions = config.max_positions or context.max_tokens
+        self.embedding = RankedEmbedding(
+            vocab.num_tokens,
+            num_positions=self.num_positions,
+            width=config.width,
+            layer_norm_eps=config.layer_norm_eps,
+            dropout=config.dropout,
+        )
+        spec = BlockSpec(
+            width=config.width,
+            num_heads=config.num_heads,
+            ffn_width=config.ffn_width,
+            activation=config.activation,
+            dropout=config.dropout,
+            attention_dropout=config.dropout,
+            layer_norm_eps=config.layer_norm_eps,
+        )
+        self.encoder = Encoder(spec, num_layers=config.num_layers)
+        self.decoder = TiedTokenDecoder(
+            vocab.num_tokens,
+            width=config.width,
+            activation=nn.ReLU() if config.activation == "relu" else nn.GELU(),
+            layer_norm_eps=config.layer_norm_eps,
+        )
+        self.apply(init_bert)
+        ends = [vocab.specials[name] for name in ("<cls>", "<eos>") if name in vocab.specials]
+        self._end_tokens = ends
+        self._gene_tokens = torch.tensor(vocab.gene_tokens.tolist(), device="cpu")
+
+    def forward(self, batch: CellBatch) -> ModelOutput:
+        """Predicts ``token_logits`` (M, V), in row-major order of ``batch.target_mask``."""
+        hidden_BTD = self._encode(batch, self.config.num_layers)
+        predictions = {}
+        if batch.target_mask is not None:
+            masked_MD = hidden_BTD[batch.target_mask]
+            predictions["token_logits"] = self.decoder(masked_MD, self.embedding.token.weight)
+        return ModelOutput(
+            hidden=hidden_BTD, cell=self._pool(hidden_BTD, batch), predictions=predictions
+        )
+
+    def embed_cells(self, batch: CellBatch) -> Tensor:
+        """Pooled hidden state of ``config.embedding_layer``, (B, D) float32."""
+        num_layers = self.config.num_layers + self.config.embedding_layer
+        return self._pool(self._encode(batch, num_layers), batch).float()
+
+    def embed_genes(self) -> Tensor:
+        """The token table's rows of the genes, in vocabulary order, (G, D)."""
+        table_VD = self.embedding.token.weight
+        return table_VD[self._gene_tokens.to(table_VD.device)]
+
+    def attention(self, batch: CellBatch, layer: int = -1) -> Tensor:
+        """Attention weights of one layer, (B, H, T, T) float32, 0 at padding."""
+        embedded_BTD = self.embedding(batch.token_ids)
+        return self.encoder.probabilities(embedded_BTD, batch.attention_mask, layer=layer)
+
+    def _encode(self, batch: CellBatch, num_layers: int) -> Tensor:
+        length = batch.token_ids.shape[1]
+        if length > self.num_positions:
+            raise ConfigError(
+                f"a cell of {length} tokens does not fit into {self.num_positions} positions; "
+                "lower tokenizer.max_tokens or raise model.max_positions"
+            )
+        hidden_BTD: Tensor = self.encoder(
+            self.embedding(batch.token_ids), batch.attention_mask, num_layers=num_layers
+        )
+        return hidden_BTD
+
+    def _pool(self, hidden_BTD: Tensor, batch: CellBatch) -> Tensor:
+        """(B, D) first token, or mean over gene tokens (over all tokens where there is no gene)."""
+        if self.config.cell_embedding == "cls":
+            return hidden_BTD[:, 0]
+        genes_BT = batch.attention_mask
+        for token in self._end_tokens:
+            genes_BT = genes_BT & (batch.token_ids != token)
+        genes_BT = torch.where(genes_BT.any(1, keepdim=True), genes_BT, batch.attention_mask)
+        weights_BT = genes_BT / genes_BT.sum(1, keepdim=True)
+        return (hidden_BTD * weights_BT[..., None]).sum(1)
+
+
+def _build(config: GeneformerConfig, context: BuildContext) -> Geneformer:
+    """Raises ConfigError if the tokenizer's cells do not fit into the position table."""
+    if config.max_positions and context.max_tokens > config.max_positions:
+        raise ConfigError(
+            f"tokenizer.max_tokens = {context.max_tokens} is more than model.max_positions = "
+            f"{config.max_positions}; lower the one or raise the other"
+        )
+    return Geneformer(config, context)
+
+
+def _classifier(config: GeneformerConfig, num_classes: int) -> nn.Module:
+    head = PooledClassifier(config.width, num_classes=num_classes, dropout=config.dropout)
+    return head.apply(init_bert)
+
+
+FAMILY = Family(
+    name="geneformer",
+    config=GeneformerConfig,
+    tokenizer="rank",
+    objective="masked",
+    build=_build,
+    classifier=_classifier,
+)

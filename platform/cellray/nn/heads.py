@@ -1,0 +1,130 @@
+"""What stands on an encoder: decoders of genes and values, classifiers of cells.
+
+Legend: B cells, D width, M target tokens of a batch (laid end to end), G genes, V vocabulary
+tokens, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+__all__ = [
+    "CellGeneDecoder",
+    "ExpressionDecoder",
+    "MlpClassifier",
+    "PooledClassifier",
+    "TiedTokenDecoder",
+]
+
+Tensor = torch.Tensor
+
+
+class TiedTokenDecoder(nn.Module):
+    """BERT's masked-token head: dense, ReLU, norm, then the token table itself with a bias.
+
+    Args:
+        num_tokens: V.
+        width: D.
+        activation: module between dense and norm.
+        layer_norm_eps: epsilon of the norm.
+    """
+
+    def __init__(
+        self, num_tokens: int, *, width: int, activation: nn.Module, layer_norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.activation = activation
+        self.norm = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.bias = nn.Parameter(torch.zeros(num_tokens))
+
+    def forward(self, hidden_MD: Tensor, table_VD: Tensor) -> Tensor:
+        """(M, D) and the (V, D) token table -> (M, V) logits."""
+        ready_MD = self.norm(self.activation(self.dense(hidden_MD)))
+        return functional.linear(ready_MD, table_VD, self.bias)
+
+
+class ExpressionDecoder(nn.Module):
+    """A hidden state to a value, through two hidden layers with leaky ReLU (scGPT's GEP)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, width),
+            nn.LeakyReLU(),
+            nn.Linear(width, width),
+            nn.LeakyReLU(),
+            nn.Linear(width, 1),
+        )
+
+    def forward(self, hidden_MD: Tensor) -> Tensor:
+        """(M, D) -> (M,)."""
+        value_M: Tensor = self.layers(hidden_MD).squeeze(-1)
+        return value_M
+
+
+class CellGeneDecoder(nn.Module):
+    """A cell embedding and a gene embedding to a value (scGPT's GEPC, called MVC in its code).
+
+    ``value = (W sigmoid(A e_gene + b)) . h_cell``, W without bias.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.project = nn.Linear(width, width, bias=False)
+
+    def queries(self, genes_MD: Tensor) -> Tensor:
+        """(M, D) gene embeddings -> (M, D) vectors to be multiplied with a cell embedding."""
+        queries_MD: Tensor = self.project(torch.sigmoid(self.query(genes_MD)))
+        return queries_MD
+
+    def forward(self, genes_MD: Tensor, cells_MD: Tensor) -> Tensor:
+        """Gene embeddings and the embeddings of the cells they are in -> (M,)."""
+        return (self.queries(genes_MD) * cells_MD).sum(-1)
+
+
+class MlpClassifier(nn.Module):
+    """(Linear, ReLU, LayerNorm) x ``num_hidden``, then Linear: scGPT's classifier.
+
+    Args:
+        width: D.
+        num_classes: C.
+        num_hidden: hidden layers.
+    """
+
+    def __init__(self, width: int, *, num_classes: int, num_hidden: int) -> None:
+        super().__init__()
+        hidden: list[nn.Module] = []
+        for _ in range(num_hidden):
+            hidden += [nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width)]
+        self.layers = nn.Sequential(*hidden, nn.Linear(width, num_classes))
+
+    def forward(self, cell_BD: Tensor) -> Tensor:
+        """(B, D) -> (B, C) logits."""
+        logits_BC: Tensor = self.layers(cell_BD)
+        return logits_BC
+
+
+class PooledClassifier(nn.Module):
+    """Dense and tanh (BERT's pooler), dropout, Linear.
+
+    Args:
+        width: D.
+        num_classes: C.
+        dropout: before the last layer.
+    """
+
+    def __init__(self, width: int, *, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, cell_BD: Tensor) -> Tensor:
+        """(B, D) -> (B, C) logits."""
+        pooled_BD = self.dropout(torch.tanh(self.pooler(cell_BD)))
+        logits_BC: Tensor = self.classifier(pooled_BD)
+        return logits_BC

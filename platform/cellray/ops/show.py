@@ -1,0 +1,86 @@
+"""``cellray show PATH``: what a store, a checkpoint or a run holds, in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from cellray.core.errors import DataError, did_you_mean
+from cellray.data.soma import open_store
+from cellray.train.checkpoint import Manifest, read_checkpoint
+
+__all__ = ["show"]
+
+
+def _store(path: str) -> list[str]:
+    facts = open_store(path).describe()
+    lines = [f"SOMA experiment {path}"]
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            lines.append(f"  {key}:")
+            lines += [f"    {name}: {inner}" for name, inner in value.items()]
+        elif isinstance(value, list):
+            lines.append(f"  {key}:")
+            lines += [f"    {inner}" for inner in value]
+        else:
+            lines.append(f"  {key}: {value}")
+    return lines
+
+
+def _checkpoint(path: Path) -> list[str]:
+    manifest: Manifest
+    manifest, vocab, weights = read_checkpoint(path)
+    parameters = sum(w.numel() for w in weights.values())
+    lines = [
+        f"checkpoint {path}",
+        f"  family: {manifest.family}, {parameters:,} values in {len(weights)} tensors",
+        f"  model: {json.dumps(dict(manifest.model))}",
+        f"  tokenizer: {json.dumps(dict(manifest.tokenizer))}",
+        f"  vocabulary: {len(vocab):,} genes ({', '.join(vocab.gene_ids[:3])}, ...), "
+        f"specials {sorted(vocab.specials)}",
+        f"  trained: {manifest.step} steps by {manifest.workers} workers, cursor "
+        f"{json.dumps(dict(manifest.cursor))}",
+        f"  data: {manifest.data_fingerprint[:16]}",
+        f"  code: {manifest.code_version}",
+    ]
+    if manifest.classes:
+        lines.append(f"  classes: {', '.join(manifest.classes)}")
+    lines += [f"  {name}: {value:.5g}" for name, value in sorted(manifest.metrics.items())]
+    return lines
+
+
+def _run(path: Path) -> list[str]:
+    lines = [f"run {path}"]
+    progress = path / "metrics.jsonl"
+    if progress.is_file():
+        rows = [json.loads(line) for line in progress.read_text().splitlines() if line]
+        if rows:
+            last = rows[-1]
+            lines.append(f"  last report: step {int(last['step'])}, loss {last['train/loss']:.4f}")
+    finished = (path / "result.json").is_file()
+    lines.append(f"  state: {'finished' if finished else 'not finished; run it again to go on'}")
+    if (path / "model").is_dir():
+        lines += [f"  {line}" for line in _checkpoint(path / "model")]
+    config = path / "config.toml"
+    if config.is_file():
+        lines += ["  configuration:", *[f"    {x}" for x in config.read_text().splitlines() if x]]
+    return lines
+
+
+def show(path: str) -> list[str]:
+    """Describe what lies at ``path``.
+
+    Raises:
+        DataError: nothing is there, or nothing that cellray knows.
+    """
+    place = Path(path)
+    if "://" in path:
+        return _store(path)
+    if not place.exists():
+        near = [p.name for p in place.parent.glob("*")] if place.parent.is_dir() else []
+        raise DataError(f"nothing at '{path}'.{did_you_mean(place.name, near)}")
+    if (place / "manifest.json").is_file():
+        return _checkpoint(place)
+    if (place / "run.json").is_file():
+        return _run(place)
+    return _store(path)

@@ -1,0 +1,139 @@
+"""What a task is: what it needs of a model, how cells are split, what is learnt, how it is scored.
+
+A task asks for capabilities, never for a family, and knows nothing of how training is run.
+
+Legend: N cells of the selection, C classes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from cellray.core import registry
+from cellray.core.errors import DataError, did_you_mean
+from cellray.core.section import Section
+
+__all__ = ["Split", "Targets", "Task", "TaskConfig", "check_columns", "ids_sha256", "task"]
+
+I64 = npt.NDArray[np.int64]
+Labels = Sequence[str] | npt.NDArray[np.generic]
+
+
+class TaskConfig(Section):
+    """Keys every task has; each adds its own in its own file.
+
+    Attributes:
+        name: the task's module name.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which cells are trained on, chosen by, and scored: disjoint ascending joinids.
+
+    Attributes:
+        train: (N_train,) int64.
+        validation: (N_validation,) int64; may be empty.
+        test: (N_test,) int64.
+        split_sha256: SHA-256 of the sorted test joinids.
+        unit: what is held out whole: the obs column of the test values, or ``cell``.
+        validation_unit: the same for validation.
+        left_out: why -> how many cells are in none of the three (no label, no group).
+        warnings: what a reader of the table must know.
+    """
+
+    train: I64
+    validation: I64
+    test: I64
+    split_sha256: str
+    unit: str
+    validation_unit: str = "cell"
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a model is fitted to.
+
+    Attributes:
+        objective: key in ``cellray.objectives``.
+        classes: C names in code order, from training cells only.
+        codes: (N,) int64 aligned with obs; -1 for a cell without label or of another class.
+    """
+
+    objective: str
+    classes: tuple[str, ...]
+    codes: I64
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a task's module exports as ``TASK``.
+
+    Attributes:
+        name: equals the module's name.
+        config: its configuration class.
+        needs: capability protocols a model must offer.
+        columns: (config, obs columns there are) -> those it reads; refuses a config that names
+            others.
+        split: (obs, config, seed=...) -> split; pure.
+        fit: (obs, config, split) -> what is learnt, from training cells only.
+        score: (truth, predicted, classes) -> versioned metric id -> value.
+        headline: the metric id that tables are sorted by.
+        compulsory: baselines without which no table of this task is shown.
+    """
+
+    name: str
+    config: type[TaskConfig]
+    needs: tuple[type, ...]
+    columns: Callable[[Any, Sequence[str]], list[str]]
+    split: Callable[..., Split]
+    fit: Callable[[pd.DataFrame, Any, Split], Targets]
+    score: Callable[[Labels, Labels, Sequence[str]], dict[str, float]]
+    headline: str
+    compulsory: tuple[str, ...]
+
+
+def task(name: str) -> Task:
+    """Find a task by its key or by ``module.path:TASK``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = registry.find("cellray.tasks", name, "TASK")
+    assert isinstance(found, Task), f"{name} exports a {type(found).__name__} as TASK"
+    return found
+
+
+def check_columns(available: Sequence[str], wanted: Mapping[str, str]) -> None:
+    """Refuse a configuration that names an obs column the data lack.
+
+    Args:
+        available: the obs columns there are.
+        wanted: configuration key -> the column it names.
+
+    Raises:
+        DataError: a column is missing; says the nearest and lists all.
+    """
+    names = [str(name) for name in available]
+    for key, column in wanted.items():
+        if column not in names:
+            raise DataError(
+                f"{key} = '{column}': obs has no such column.{did_you_mean(column, names)} "
+                f"It has: {', '.join(sorted(names))}"
+            )
+
+
+def ids_sha256(joinids: I64) -> str:
+    """SHA-256 over ascending joinids as little-endian int64: the same cells, the same digest."""
+    return hashlib.sha256(np.sort(joinids).astype("<i8").tobytes()).hexdigest()

@@ -1,0 +1,148 @@
+"""Attention against its definition with dense masks."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cellray.nn.attention import (
+    SelfAttention,
+    attention_probabilities,
+    generative_attention,
+    padded_attention,
+)
+
+
+def make(b: int = 3, h: int = 2, t: int = 7, k: int = 8, dtype: torch.dtype = torch.float32):
+    gen = torch.Generator().manual_seed(0)
+    q, k_, v = (torch.randn(b, h, t, k, generator=gen).to(dtype) for _ in range(3))
+    keys = torch.arange(t) < torch.tensor([t, t - 2, 3])[:, None]
+    unknown = torch.zeros(b, t, dtype=torch.bool)
+    unknown[0, [2, 5]] = True
+    unknown[1, 4] = True
+    return q, k_, v, keys, unknown
+
+
+def dense(q, k, v, allowed_BTT):
+    logits = q.double() @ k.double().transpose(-1, -2) / math.sqrt(q.shape[-1])
+    logits = logits.masked_fill(~allowed_BTT[:, None], -math.inf)
+    return torch.softmax(logits, -1) @ v.double()
+
+
+def generative_mask(keys, unknown):
+    """Known keys for everybody; an unknown query sees itself, too."""
+    itself = torch.eye(keys.shape[1], dtype=torch.bool) & unknown[:, :, None]
+    return (keys & ~unknown)[:, None, :] | itself
+
+
+def test_padded_attention_is_softmax_over_real_tokens():
+    q, k, v, keys, _ = make()
+    want = dense(q, k, v, keys[:, None, :].expand(-1, 7, -1))
+    torch.testing.assert_close(padded_attention(q, k, v, keys).double(), want, atol=1e-6, rtol=0)
+
+
+def test_generative_attention_equals_the_dense_mask():
+    q, k, v, keys, unknown = make()
+    want = dense(q, k, v, generative_mask(keys, unknown))
+    got = generative_attention(q, k, v, keys, unknown)
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=0)
+
+
+def test_generative_gradients_equal_those_of_the_dense_mask():
+    q, k, v, keys, unknown = make()
+    weight = torch.randn(q.shape, generator=torch.Generator().manual_seed(1))
+    grads = []
+    for run in (
+        lambda *x: generative_attention(*x, keys, unknown),
+        lambda *x: dense(*x, generative_mask(keys, unknown)),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        (run(*leaves) * weight).sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_generative_attention_is_as_exact_in_bfloat16_as_a_dense_mask():
+    q, k, v, keys, unknown = make(t=60, k=32, dtype=torch.bfloat16)
+    q = q * 3  # large logits, where a rounded self logit would show
+    unknown[:, 1::3] = True
+    unknown &= keys
+    mask = generative_mask(keys, unknown)
+    want = dense(q, k, v, mask)
+    same_type = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    real = keys[:, None, :, None].expand_as(q)
+    error = (generative_attention(q, k, v, keys, unknown) - want)[real].abs().mean()
+    assert error < 1.5 * (same_type - want)[real].abs().mean()
+
+
+def test_a_lone_unknown_token_attends_to_itself():
+    q, k, v, _, _ = make(t=1)
+    keys = torch.ones(3, 1, dtype=torch.bool)
+    torch.testing.assert_close(generative_attention(q, k, v, keys, keys), v)
+
+
+def test_huge_logits_do_not_leak_into_known_queries():
+    """The virtual key of a known query has weight 0 even where real logits are very negative."""
+    q, k, v, keys, unknown = make()
+    q, k = q * 20, k * 20
+    want = dense(q, k, v, generative_mask(keys, unknown))
+    got = generative_attention(q, k, v, keys, unknown)
+    torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=0)
+
+
+def test_probabilities_sum_to_one_at_real_tokens_and_are_zero_at_padding():
+    q, k, v, keys, _ = make()
+    weights = attention_probabilities(q, k, keys)
+    assert weights.shape == (3, 2, 7, 7)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), keys[:, None].expand(-1, 2, -1).float())
+    assert (weights.masked_select(~keys[:, None, None, :]) == 0).all()
+    mixed = padded_attention(q, k, v, keys)
+    real = keys[:, None, :, None]
+    torch.testing.assert_close(weights @ v * real, mixed * real, atol=1e-6, rtol=0)
+
+
+def test_self_attention_equals_torch_multi_head_attention():
+    torch.manual_seed(0)
+    ours = SelfAttention(16, num_heads=4, dropout=0.0).eval()
+    theirs = torch.nn.MultiheadAttention(16, 4, batch_first=True).eval()
+    state = {
+        "in_proj_weight": ours.qkv.weight,
+        "in_proj_bias": ours.qkv.bias,
+        "out_proj.weight": ours.out.weight,
+        "out_proj.bias": ours.out.bias,
+    }
+    theirs.load_state_dict({name: value.detach() for name, value in state.items()})
+    x, keys = torch.randn(3, 7, 16), make()[3]
+    want, _ = theirs(x, x, x, key_padding_mask=~keys, need_weights=False)
+    torch.testing.assert_close(ours(x, keys)[keys], want[keys], atol=1e-6, rtol=0)
+
+
+def test_the_output_projection_can_be_skipped_at_unknown_tokens():
+    torch.manual_seed(0)
+    fixed = SelfAttention(16, num_heads=2, dropout=0.0).eval()
+    compat = SelfAttention(16, num_heads=2, dropout=0.0, project_unknown=False).eval()
+    compat.load_state_dict(fixed.state_dict())
+    _, _, _, keys, unknown = make()
+    x = torch.randn(3, 7, 16)
+    a, b = fixed(x, keys, unknown), compat(x, keys, unknown)
+    torch.testing.assert_close(a[~unknown], b[~unknown])
+    torch.testing.assert_close(fixed.out(b[unknown]), a[unknown], atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_works_in_training_only():
+    torch.manual_seed(0)
+    layer = SelfAttention(16, num_heads=2, dropout=0.5)
+    _, _, _, keys, unknown = make()
+    x = torch.randn(3, 7, 16)
+    assert not torch.equal(layer(x, keys, unknown), layer(x, keys, unknown))
+    layer.eval()
+    assert torch.equal(layer(x, keys, unknown), layer(x, keys, unknown))
+
+
+def test_width_must_be_a_multiple_of_heads():
+    with pytest.raises(AssertionError, match="width 10 is not a multiple of 4 heads"):
+        SelfAttention(10, num_heads=4, dropout=0.0)

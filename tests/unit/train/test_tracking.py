@@ -1,0 +1,84 @@
+"""MLflow: reachability is checked first, runs nest, tables and metrics read back."""
+
+import http.server
+import threading
+
+import mlflow
+import pandas as pd
+import pytest
+
+from cellray.core.errors import TrackingError
+from cellray.train.config import TrackingSection
+from cellray.train.tracking import Tracker, check_tracking, open_command, tracking_uri
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+class _NotMlflow(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_server_that_does_not_answer():
+    with pytest.raises(TrackingError, match=r"http://127.0.0.1:9 does not answer .*start it"):
+        check_tracking("http://127.0.0.1:9", timeout_s=1)
+
+
+def test_a_server_that_is_not_mlflow():
+    server = http.server.HTTPServer(("127.0.0.1", 0), _NotMlflow)
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    with pytest.raises(TrackingError, match="answers, but not as an MLflow server"):
+        check_tracking(f"http://127.0.0.1:{server.server_port}")
+    thread.join()
+    server.server_close()
+
+
+def test_an_unknown_scheme():
+    with pytest.raises(TrackingError, match="'ftp://x' is not supported; give a server"):
+        check_tracking("ftp://x")
+
+
+def test_the_default_store_lies_beside_the_runs(tmp_path):
+    uri = tracking_uri(TrackingSection(), str(tmp_path / "runs"))
+    assert uri == f"sqlite:///{tmp_path.resolve() / 'runs' / 'mlflow.db'}"
+    check_tracking(uri)
+    assert (tmp_path / "runs").is_dir()
+    assert open_command(uri) == f"mlflow ui --backend-store-uri {uri}"
+
+
+def test_runs_nest_and_read_back(uri):
+    parent = Tracker.start(uri, experiment="bench", name="parent")
+    child = Tracker.start(
+        uri, experiment="bench", name="child", parent=parent.run_id, tags={"method": "knn"}
+    )
+    other = Tracker.start(uri, experiment="bench", name="alone")
+    child.params({f"key{i}": i for i in range(250)})
+    child.params({"key0": "again", "late": 1})  # a resumed run logs its parameters again
+    for step in (1, 2):
+        child.metrics({"loss": 1 / step, "step": step, "epoch": 0}, step=step)
+    child.table(pd.DataFrame({"a": [1, 2]}), "tables/t.json")
+    child.note("# hello")
+    child.end()
+    parent.end("FAILED")
+    found = parent.children({"method": "knn"})
+    assert [r.info.run_id for r in found] == [child.run_id]
+    data = found[0].data
+    assert data.metrics == {"loss": 0.5}
+    assert len(data.params) == 251
+    assert data.params["key0"] == "0"
+    assert data.tags["git_commit"] not in ("", None)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    assert [m.value for m in client.get_metric_history(child.run_id, "loss")] == [1.0, 0.5]
+    assert client.get_run(parent.run_id).info.status == "FAILED"
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_experiment("bench")
+    table = mlflow.load_table("tables/t.json", run_ids=[child.run_id])
+    assert table["a"].tolist() == [1, 2]
+    assert other.children() == []
