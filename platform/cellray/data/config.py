@@ -39,8 +39,10 @@ class DataSection(Section):
         lanes: parts of the order walked side by side, a multiple of ``scale.workers`` that
             divides ``batch.cells_global``; 0 takes its largest divisor up to 64.
         bucket_by_length: put cells of like length in a batch (needs obs ``nnz``).
-        median_cells: cells whose non-zero medians a rank tokenizer's vocabulary is given; when
-            the selection has more, a keyed sample of this many.
+        vocab_genes: with ``vocab = "store"``, keep this many genes, the most variable among the
+            training cells (scGPT's fine-tuning recipe keeps 3,000); 0 keeps all.
+        statistics_cells: training cells that variable genes and a rank tokenizer's non-zero
+            medians are computed on; when there are more, a keyed sample of this many.
         split: how validation cells are set apart.
     """
 
@@ -55,5 +57,6 @@ class DataSection(Section):
     window_batches: int = Field(default=32, ge=1)
     lanes: int = Field(default=0, ge=0)
     bucket_by_length: bool = True
-    median_cells: int = Field(default=200_000, ge=1)
+    vocab_genes: int = Field(default=0, ge=0)
+    statistics_cells: int = Field(default=200_000, ge=1)
     split: SplitSection = SplitSection()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import tiledbsoma
 from scipy import sparse
 
@@ -88,8 +89,7 @@ def open_store(
     path = local_path(uri)
     if path is not None:
         refuse_missing(path)
-    store = Store(str(path) if path is not None else uri, measurement=measurement, layer=layer)
-    experiment = store._experiment
+    experiment = _open_experiment(str(path) if path is not None else uri)
     version = int(experiment.metadata.get(schema.META_FORMAT, schema.FORMAT_VERSION))
     if version > schema.FORMAT_VERSION:
         raise DataError(
@@ -101,28 +101,39 @@ def open_store(
         raise DataError(f"'{uri}' is a SOMA experiment without {lacks}")
     _require(uri, "measurement", measurement, list(experiment.ms))
     _require(uri, "layer", layer, list(experiment.ms[measurement].X))
-    return store
+    num_cells, num_genes = experiment.ms[measurement].X[layer].shape
+    return Store(
+        uri=str(path) if path is not None else uri,
+        measurement=measurement,
+        layer=layer,
+        num_cells=int(experiment.obs.count),
+        shape=(int(num_cells), int(num_genes)),
+    )
 
 
 @dataclass(frozen=True)
 class Store:
     """A locator of one X layer of a SOMA experiment; get one from :func:`open_store`.
 
-    Pickles as its three strings; each process opens its own handle. While a process holds one,
-    an append may publish a larger store in its place: the cells it knows stay readable.
+    Pickles as a few words; each process opens its own handle. It means the store as it was when it
+    was opened: cells and genes that are appended later, even while it is in use, are not seen.
 
     Attributes:
         uri: absolute path or object-store URI.
         measurement: the measurement that holds ``var`` and ``X``.
         layer: the X layer that is read.
+        num_cells: cells in obs.
+        shape: (rows, V) of X; joinids are below ``rows``.
     """
 
     uri: str
-    measurement: str = schema.MEASUREMENT
-    layer: str = schema.LAYER
+    measurement: str
+    layer: str
+    num_cells: int
+    shape: tuple[int, int]
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri, "measurement": self.measurement, "layer": self.layer}
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     @cached_property
     def _experiment(self) -> Any:
@@ -134,8 +145,10 @@ class Store:
 
     @cached_property
     def _var(self) -> pd.DataFrame:
-        table = self._experiment.ms[self.measurement].var.read().concat()
+        with _open_experiment(self.uri) as experiment:
+            table = experiment.ms[self.measurement].var.read().concat()
         frame = _to_pandas(table).sort_values(schema.JOINID, ignore_index=True)
+        frame = frame.iloc[: self.num_genes]
         ids = next((c for c in schema.GENE_IDS if c in frame), None)
         names = next((c for c in schema.GENE_NAMES if c in frame), ids)
         if ids is None:
@@ -144,8 +157,8 @@ class Store:
                 f"among {', '.join(map(str, frame.columns))}"
             )
         joinids = frame[schema.JOINID].to_numpy()
-        if not np.array_equal(joinids, np.arange(len(joinids))):
-            raise DataError(f"var of '{self.uri}': joinids are not 0 .. {len(joinids) - 1}")
+        if not np.array_equal(joinids, np.arange(self.num_genes)):
+            raise DataError(f"var of '{self.uri}': joinids are not 0 .. {self.num_genes - 1}")
         return pd.DataFrame(
             {
                 schema.JOINID: joinids,
@@ -154,15 +167,10 @@ class Store:
             }
         )
 
-    @cached_property
-    def num_cells(self) -> int:
-        """Cells in the store when it was opened."""
-        return int(self._experiment.obs.count)
-
     @property
     def num_genes(self) -> int:
-        """Rows of var, V."""
-        return len(self._var)
+        """Genes of var, V."""
+        return self.shape[1]
 
     def var(self) -> pd.DataFrame:
         """The V genes: columns ``soma_joinid``, ``feature_id``, ``feature_name``.
@@ -174,7 +182,8 @@ class Store:
 
     @cached_property
     def _obs_types(self) -> dict[str, pa.DataType]:
-        return {f.name: f.type for f in self._experiment.obs.schema}
+        with _open_experiment(self.uri) as experiment:
+            return {f.name: f.type for f in experiment.obs.schema}
 
     def obs_columns(self) -> list[str]:
         """Names of the obs columns, in the store's order."""
@@ -203,7 +212,8 @@ class Store:
                 reader = experiment.obs.read(
                     coords, column_names=names, value_filter=value_filter or None
                 )
-                return reader.concat()
+                table = reader.concat()
+                return table.filter(pc.field(schema.JOINID) < self.shape[0])
             except (tiledbsoma.SOMAError, SyntaxError, ValueError, TypeError) as error:
                 if not value_filter:
                     raise DataError(f"obs of '{self.uri}' cannot be read: {error}") from error
@@ -235,7 +245,7 @@ class Store:
         if len(joinids) == 0:
             return
         low, high = int(joinids[0]), int(joinids[-1])
-        last = int(self._x.shape[0]) - 1
+        last = self.shape[0] - 1
         if low < 0 or high > last:
             wrong = low if low < 0 else high
             raise DataError(f"joinid {wrong} is not in '{self.uri}' (0 .. {last})")
@@ -248,7 +258,7 @@ class Store:
         order = np.argsort(joinids, kind="stable")
         ascending = joinids[order]
         self._check_request(ascending)
-        shape = (len(joinids), int(self._x.shape[1]))
+        shape = (len(joinids), self.num_genes)
         if len(joinids) == 0:
             return sparse.csr_matrix(shape, dtype=np.float32)
         low, high = int(ascending[0]), int(ascending[-1])
@@ -287,10 +297,10 @@ class Store:
                 another length than var; an unknown obs column.
         """
         wanted = np.asarray(joinids, dtype=np.int64)
-        if gene_map.shape != (self._x.shape[1],):
+        if gene_map.shape != (self.num_genes,):
             raise DataError(
                 f"gene_map has {gene_map.shape} entries, var of '{self.uri}' has "
-                f"{self._x.shape[1]} genes"
+                f"{self.num_genes} genes"
             )
         matrix = self._read_rows(wanted)
         total = np.concatenate([[0.0], np.cumsum(matrix.data, dtype=np.float64)])

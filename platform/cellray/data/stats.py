@@ -31,7 +31,7 @@ I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
-TARGET_SUM = 10_000.0  # Geneformer's size factor (Theodoris et al. 2023, s41586-023-06139-9)
+TARGET_SUM = 10_000.0  # Geneformer's size factor (doi:10.1038/s41586-023-06139-9)
 MIN_COUNT_FRACTION = 0.60  # below this share of matched counts the user is warned
 UNSEEN_MEDIAN = 1.0
 

@@ -71,14 +71,14 @@ def generative_attention(
     exact_BHT = exact_BHT.masked_fill(~unknown_BT[:, None, :], _NEVER)
     self_BHT = exact_BHT.to(q_BHTK.dtype)
     self_rest_BHT = (exact_BHT - self_BHT.float()).to(q_BHTK.dtype)
-    zeros = q_BHTK.new_zeros((*q_BHTK.shape[:-1], _EXTRA_COLUMNS - 2))
-    q = torch.cat([q_BHTK, self_BHT[..., None], self_rest_BHT[..., None], zeros], dim=-1)
-    virtual = q_BHTK.new_zeros((*q_BHTK.shape[:2], 1, width + _EXTRA_COLUMNS))
-    virtual_key, virtual_value = virtual.clone(), virtual
-    virtual_key[..., width : width + 2] = 1.0
-    virtual_value[..., width] = 1.0
-    k = torch.cat([functional.pad(k_BHTK, (0, _EXTRA_COLUMNS)), virtual_key], dim=2)
-    v = torch.cat([functional.pad(v_BHTK, (0, _EXTRA_COLUMNS)), virtual_value], dim=2)
+    q = functional.pad(q_BHTK, (0, _EXTRA_COLUMNS))
+    q[..., width] = self_BHT
+    q[..., width + 1] = self_rest_BHT
+    # One row more for the virtual key and its value.
+    k = functional.pad(k_BHTK, (0, _EXTRA_COLUMNS, 0, 1))
+    k[..., -1, width : width + 2] = 1.0
+    v = functional.pad(v_BHTK, (0, _EXTRA_COLUMNS, 0, 1))
+    v[..., -1, width] = 1.0
     mask_B11T = functional.pad(keys_BT & ~unknown_BT, (0, 1), value=True)[:, None, None, :]
     out = functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask_B11T, dropout_p=dropout, scale=1 / math.sqrt(width)

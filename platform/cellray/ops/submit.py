@@ -28,10 +28,11 @@ MAX_FILE_BYTES = 32 * 2**20  # Ray keeps the upload in the head's memory and ref
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-# Never needed by a job; a leading slash means the root only, so that cellray/data stays in.
+# Never needed by a job; a leading slash means the root only. Ray applies the same patterns inside
+# the cellray package, which is sent as a module: none may name one of its folders (so no /data/).
 _EXCLUDES = (
     ".git/", ".venv/", "venv/", "__pycache__/", ".*_cache/", "*.egg-info/", "/runs/", "/mlruns/",
-    "/data/", "/shared/", "/build/", "/dist/", "*.h5ad", "mlflow.db",
+    "/shared/", "/store/", "/build/", "/dist/", "*.h5ad", "mlflow.db",
 )  # fmt: skip
 _PRUNED = frozenset({".git", ".venv", "venv", "__pycache__"})
 _PATH_KEYS = ("checkpoint.dir", "data.uri")

@@ -180,7 +180,7 @@ def _count(counts: Array, small: Array, histogram: Array, others: Array) -> int:
 
     Args:
         counts: (n,) float32, > 0.
-        small: (>= n,) int64, written: the value if it is a whole number below _SMALL, else 0.
+        small: (>= n,) int32, written: the value if it is a whole number below _SMALL, else 0.
         histogram: (_SMALL,) int64 zeros, written.
         others: (>= n,) float32, written: the other values.
 
@@ -188,16 +188,15 @@ def _count(counts: Array, small: Array, histogram: Array, others: Array) -> int:
         How many others there are.
     """
     num_others = 0
-    for i in range(len(counts)):
+    for i in range(len(counts)):  # without branches, which counts would mispredict
         value = counts[i]
-        whole = np.int64(value) if value < _SMALL else 0
-        if np.float32(whole) == value:
-            small[i] = whole
-            histogram[whole] += 1
-        else:
-            small[i] = 0
-            others[num_others] = value
-            num_others += 1
+        whole = np.int32(min(value, np.float32(_SMALL - 0.5)))
+        is_whole = np.float32(whole) == value
+        small[i] = whole if is_whole else 0
+        histogram[small[i]] += 1
+        others[num_others] = value
+        num_others += not is_whole
+    histogram[0] = 0
     return num_others
 
 
@@ -347,7 +346,7 @@ def bin_cells(
         values: (T,) float32 bins 1..Q, written.
     """
     longest = _longest(indptr)
-    small = np.empty(longest, np.int64)
+    small = np.empty(longest, np.int32)
     others = np.empty(longest, np.float32)
     bits = others.view(np.uint32)
     keys = np.empty(longest, np.uint32)
@@ -357,6 +356,7 @@ def bin_cells(
     offsets = np.empty((_PASSES, _DIGITS), np.int64)
     hashes = np.empty(longest, np.uint64)
     near = np.empty(longest, np.uint64)
+    picked = np.empty(longest, np.uint64)
     chosen = np.empty(longest + 1, np.int64)
     histogram = np.zeros(_SMALL, np.int64)
     buckets = np.empty(_BUCKETS, np.int64)
@@ -376,19 +376,24 @@ def bin_cells(
         _whole_bins(histogram, edges, lefts, spans)
         if kept[cell] < n:
             for i in range(n):
-                hashes[i] = _mix(sample_keys[cell] ^ token_hashes[genes[start + i]])
+                picked[i] = token_hashes[genes[start + i]]
+            for i in range(n):
+                hashes[i] = _mix(sample_keys[cell] ^ picked[i])
             _sample(hashes, n, kept[cell], chosen, buckets, near)
         else:
             for i in range(n):
                 chosen[i] = i
+        # Hashes in a loop of their own: it compiles to vector instructions.
+        for k in range(kept[cell]):
+            picked[k] = token_hashes[genes[start + chosen[k]]]
+        for k in range(kept[cell]):
+            hashes[k] = _mix(bin_keys[cell] ^ picked[k]) >> np.uint64(11)
         to = out_indptr[cell] + first
         for k in range(kept[cell]):
             i = chosen[k]
-            gene = genes[start + i]
             if small[i]:
                 left, span = lefts[small[i]], spans[small[i]]
             else:
                 left, span = _other_bin(edges, np.float64(of_cell[i]))
-            drawn = np.int64(_mix(bin_keys[cell] ^ token_hashes[gene]) >> np.uint64(11))
-            tokens[to + k] = gene_tokens[gene]
-            values[to + k] = np.ceil(np.float64(drawn) * 2.0**-53 * span + left)
+            tokens[to + k] = gene_tokens[genes[start + i]]
+            values[to + k] = np.ceil(np.float64(np.int64(hashes[k])) * 2.0**-53 * span + left)

@@ -89,18 +89,19 @@ class FinetuneResult:
         return told + ([f"registered: {self.registered}"] if self.registered else [])
 
 
-def _start(run: FinetuneRun, cells: Cells, train: I64) -> tuple[Manifest, Vocab, dict[str, Any]]:
-    """Model, tokenizer and vocabulary: of the checkpoint, or of the run's own sections."""
+def _start(
+    run: FinetuneRun, cells: Cells, train: I64
+) -> tuple[Manifest, Vocab, dict[str, torch.Tensor] | None]:
+    """Model, vocabulary and weights: of the checkpoint, or of the run's own sections."""
     if run.init_from:
-        manifest, vocab, _ = read_checkpoint(run.init_from)
+        manifest, vocab, weights = read_checkpoint(run.init_from)
         check_vocab(run.data.vocab, vocab, run.init_from)
-        tokenizer = dict(manifest.tokenizer)
         if run.tokenizer is not None:
             raise ConfigError(
                 "[tokenizer] is for training from scratch; with init_from the checkpoint's own "
                 "tokenizer is used: leave the section out"
             )
-        return manifest, vocab, tokenizer
+        return manifest, vocab, weights
     assert run.model is not None
     assert run.tokenizer is not None
     model, tokenizer = to_dict(run.model), to_dict(run.tokenizer)
@@ -113,7 +114,7 @@ def _start(run: FinetuneRun, cells: Cells, train: I64) -> tuple[Manifest, Vocab,
         vocab_fingerprint=vocab.fingerprint,
         data_fingerprint="",
     )
-    return empty, vocab, tokenizer
+    return empty, vocab, None
 
 
 def _covariates(run: FinetuneRun) -> tuple[DataSection, Mapping[str, list[str]]]:
@@ -136,7 +137,8 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     cells = select_cells(section, lambda known: unit.columns(run.task, known))
     split = unit.split(cells.obs, run.task, seed=run.seed)
     targets = unit.fit(cells.obs, run.task, split)
-    source, vocab, tokenizer = _start(run, cells, split.train)
+    source, vocab, weights = _start(run, cells, split.train)
+    tokenizer = source.tokenizer
     seen = np.isin(cells.joinids, np.concatenate([split.train, split.validation]))
     data = make_training_data(
         cells,
@@ -176,7 +178,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         engine=run.engine,
         scale=run.scale,
         checkpoint=run.checkpoint,
-        init_from=run.init_from,
+        weights=weights,
         train_backbone=run.train_backbone,
         device=device,
     )

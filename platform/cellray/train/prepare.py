@@ -22,6 +22,7 @@ from cellray.data.soma import Store, open_store
 from cellray.data.split import split_by
 from cellray.data.stats import check_coverage, coverage, nonzero_medians
 from cellray.data.tokens import TokenSource, tokenizer_unit
+from cellray.data.variable import GeneMoments, choose_variable
 from cellray.data.vocab import Vocab
 from cellray.train.config import BatchSection, TrainSection
 
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 I64 = npt.NDArray[np.int64]
-Say = Callable[[str], None]
+_BLOCK_CELLS = 4096
 
 
 @dataclass(frozen=True)
@@ -131,21 +132,40 @@ def store_vocab(cells: Cells, data: DataSection, tokenizer: str, train: I64, see
     file carries its own.
     """
     unit = tokenizer_unit(tokenizer)
+    chosen = _sample(train, data.statistics_cells, seed)
     if data.vocab == "store":
         var = cells.store.var()
+        if data.vocab_genes:
+            var = var.iloc[_variable(cells.store, chosen, data.vocab_genes)]
         vocab = Vocab.from_genes(
             var["feature_id"].tolist(), var["feature_name"].tolist(), specials=unit.specials
         )
     else:
         vocab = Vocab.load(data.vocab)
     if unit.needs_medians and vocab.medians is None:
-        chosen = train
-        if len(train) > data.median_cells:
-            keys = Draw(seed).bits("medians", train)
-            chosen = np.sort(train[np.argsort(keys)[: data.median_cells]])
         medians = nonzero_medians(cells.store, chosen, gene_map(cells.store, vocab), len(vocab))
         vocab = vocab.with_medians(medians)
     return vocab
+
+
+def _sample(train: I64, most: int, seed: int) -> I64:
+    """At most ``most`` of the training cells, chosen by keyed draws, ascending."""
+    if len(train) <= most:
+        return train
+    keys = Draw(seed).bits("statistics", train)
+    return np.sort(train[np.argpartition(keys, most)[:most]])
+
+
+def _variable(store: Store, joinids: I64, num_genes: int) -> I64:
+    """Rows of var with the most variable genes among the given cells."""
+    every = np.arange(store.num_genes, dtype=np.int32)
+    moments = None
+    for first in range(0, len(joinids), _BLOCK_CELLS):
+        block = store.read_block(joinids[first : first + _BLOCK_CELLS], every)
+        here = GeneMoments.of_block(block, store.num_genes)
+        moments = here if moments is None else moments + here
+    assert moments is not None
+    return choose_variable(moments, num_genes=num_genes)
 
 
 def gene_map(store: Store, vocab: Vocab) -> npt.NDArray[np.int32]:

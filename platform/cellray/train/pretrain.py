@@ -54,8 +54,9 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
     if not len(train):
         raise no_cells("training", run.name)
     tokenizer = to_dict(run.tokenizer)
+    weights = None
     if run.init_from:
-        _, vocab, _ = read_checkpoint(run.init_from)
+        _, vocab, weights = read_checkpoint(run.init_from)
         check_vocab(run.data.vocab, vocab, run.init_from)
     else:
         vocab = store_vocab(cells, run.data, tokenizer["name"], train, run.seed)
@@ -93,7 +94,7 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         engine=run.engine,
         scale=run.scale,
         checkpoint=run.checkpoint,
-        init_from=run.init_from,
+        weights=weights,
         device=device,
     )
     return Pretraining(job, data)

@@ -29,7 +29,6 @@ from cellray.train.checkpoint import (
     ENGINE_DIR,
     Manifest,
     model_of,
-    read_checkpoint,
     read_manifest,
     write_checkpoint,
 )
@@ -58,7 +57,8 @@ class TrainJob:
         manifest: the checkpoint manifest of step 0.
         data: source, plan and validation cells.
         steps: last step of the run.
-        init_from: checkpoint folder whose weights a fresh run starts with, or "".
+        weights: what a fresh run starts with (name -> tensor), None to start anew; they travel
+            with the job, so that workers need not see the driver's disk.
         train_backbone: False trains the classifier alone.
         device: ``cpu`` or ``cuda``.
     """
@@ -74,7 +74,7 @@ class TrainJob:
     engine: EngineSection
     scale: ScaleSection
     checkpoint: CheckpointSection
-    init_from: str = ""
+    weights: Mapping[str, torch.Tensor] | None = None
     train_backbone: bool = True
     device: str = "cpu"
 
@@ -140,9 +140,8 @@ class _Worker:
         job = self.job
         torch.manual_seed(job.seed)
         model = model_of(job.manifest, self.vocab)
-        if job.init_from:
-            _, _, weights = read_checkpoint(job.init_from)
-            load_backbone(model, weights)
+        if job.weights is not None:
+            load_backbone(model, job.weights)
         if job.manifest.classes:
             if not job.train_backbone:
                 for name, parameter in model.named_parameters():

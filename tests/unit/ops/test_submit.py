@@ -134,7 +134,7 @@ def test_relative_folders_are_warned_of() -> None:
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for folder in ("jobs/configs/tune", "platform/cellray/data", "data", "store/deep"):
+    for folder in ("jobs/configs/tune", "platform/cellray/data"):
         (tmp_path / folder).mkdir(parents=True)
     (tmp_path / "jobs" / "tune.py").touch()
     (tmp_path / "jobs" / "configs" / "tune" / "x.toml").write_text(RUN)
@@ -148,8 +148,14 @@ def test_from_the_repository_the_working_tree_goes_along(repository: Path) -> No
     assert upload.folder == repository
     assert upload.entrypoint == "python jobs/tune.py jobs/configs/tune/x.toml trials=2"
     assert upload.modules == (repository / "platform" / "cellray",)
-    assert {".git/", ".venv/", "/runs/", "/data/"} <= set(upload.excludes)
-    assert "data/" not in upload.excludes  # would leave out platform/cellray/data
+    assert {".git/", ".venv/", "/runs/", "/store/"} <= set(upload.excludes)
+
+
+def test_no_exclude_names_a_folder_of_the_package() -> None:
+    """Ray applies them inside platform/cellray too: '/data/' would leave out cellray.data."""
+    names = {p.name for p in (REPOSITORY / "platform" / "cellray").iterdir() if p.is_dir()}
+    assert {"data", "models", "train"} <= names
+    assert not (names - {"__pycache__"}) & {e.strip("/") for e in s._EXCLUDES}
 
 
 def test_without_the_job_script_the_module_is_run(repository: Path) -> None:
@@ -172,13 +178,12 @@ def test_a_configuration_outside_the_repository_is_refused(repository: Path) -> 
 
 
 def test_large_files_stay_here_and_are_named(repository: Path) -> None:
-    (repository / "store" / "deep" / "fragment").write_bytes(b"x" * 600)
-    (repository / "store" / "small").write_bytes(b"x" * 10)
-    (repository / "data" / "atlas").write_bytes(b"x" * 600)  # excluded by its folder
-    (repository / "store" / "cells.h5ad").write_bytes(b"x" * 600)  # excluded by its ending
-    (repository / "platform" / "cellray" / "data" / "genes").write_bytes(b"x" * 600)
+    for name in ("deep/fragment", "runs/weights", "deep/cells.h5ad", "platform/cellray/data/genes"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_bytes(b"x" * 600)
+    (repository / "deep" / "small").write_bytes(b"x" * 400)
     found = s._large_files(repository, limit_bytes=500)
-    assert found == ["platform/cellray/data/genes", "store/deep/fragment"]
+    assert found == ["deep/fragment", "platform/cellray/data/genes"]
 
 
 def test_elsewhere_only_the_configuration_and_what_it_names_go(
@@ -391,8 +396,8 @@ def test_the_submitted_code_is_what_runs(
     """A whole submission from a made-up repository with a cellray of its own."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     (tmp_path / "jobs").mkdir()
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "left-out").touch()
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "left-out").touch()
     (tmp_path / "platform" / "cellray" / "data").mkdir(parents=True)
     (tmp_path / "platform" / "cellray" / "__init__.py").write_text("HERE = 'the submitted one'\n")
     (tmp_path / "platform" / "cellray" / "data" / "vocab.py").write_text("GENES = 'its genes'\n")
@@ -402,7 +407,7 @@ def test_the_submitted_code_is_what_runs(
         "def where():\n    import cellray\n    return cellray.HERE\n"
         "print('driver', cellray.HERE, platform.system())\n"
         "print('worker', ray.get(ray.remote(where).remote()))\n"
-        "print('data', cellray.data.vocab.GENES, os.path.exists('data'))\n"
+        "print('data', cellray.data.vocab.GENES, os.path.exists('runs'))\n"
         "print('words', sys.argv[1:])\n"
     )
     (tmp_path / "sweep.toml").write_text(RUN)
