@@ -1,4 +1,4 @@
-"""The cluster files: a RayJob of known fields, a batch script that holds, an image of this project."""
+"""The cluster files: a RayJob of known fields, a batch script that holds, a fitting image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 
-from cellray.core.errors import ConfigError
 from cellray.runs import JOBS, PretrainRun, load_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,10 +115,10 @@ def test_the_check_of_fields_refuses(objects: list[dict[str, Any]]) -> None:
     bad["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["minReplica"] = 1
     bad["spec"]["ttlSecondsAfterFinished"] = "3600"
     bad["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
-    assert _problems(bad, RAYJOB) == [
-        "wrong type at spec.ttlSecondsAfterFinished: '3600'",
-        "wrong type at spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus: 0",
+    assert sorted(_problems(bad, RAYJOB)) == [
         "unknown key spec.rayClusterSpec.workerGroupSpecs[0].minReplica",
+        "wrong type at spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus: 0",
+        "wrong type at spec.ttlSecondsAfterFinished: '3600'",
     ]
 
 
@@ -323,5 +322,3 @@ def test_readme_names_every_way_and_only_real_files() -> None:
     text = (CLUSTER / "README.md").read_text()
     for file in re.findall(r"cluster/[\w./-]+\.(?:yaml|sbatch)|cluster/images/Dockerfile", text):
         assert (ROOT / file).is_file(), file
-    with pytest.raises(ConfigError):
-        load_run("pretrain", ROOT / "FILE.toml")

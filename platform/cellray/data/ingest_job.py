@@ -43,12 +43,14 @@ class IngestResult:
         ]
 
 
-def check_ingest(config: IngestConfig) -> list[str]:
+def check_ingest(run: IngestRun) -> list[str]:
     """Open every file and check its genes and first counts; writes nothing.
 
     Raises:
         CellrayError: a file that cannot be used.
     """
+    config = run.ingest
+    assert isinstance(config, IngestConfig)
     names = sources.list_files(config)
     given = config.dataset_ids or [""] * len(names)
     files = [sources.look(config, n, dataset_id=d) for n, d in zip(names, given, strict=True)]

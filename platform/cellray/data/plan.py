@@ -133,7 +133,8 @@ class EpochPlan:
         starts = runs[np.argsort(keys, kind="stable")] * self.run_cells
         cells = starts[:, None] + np.arange(self.run_cells)
         cells = cells[cells < total]
-        return cells[~left_out[cells]]
+        kept: I64 = cells[~left_out[cells]]
+        return kept
 
     def _window(self, lanes_LC: I64, draw: Draw, first: int) -> I64:
         """Order one window; ``lanes_LC``: (lanes, cells per lane of the window)."""

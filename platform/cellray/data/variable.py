@@ -45,10 +45,10 @@ class GeneMoments:
         """Moments of a block over a vocabulary of ``num_genes``; library sizes are the block's."""
         sizes = block.library_sizes.astype(np.float64)
         factor = np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
-        values = block.counts * factor[row_ids(block.indptr)]
+        values: F64 = block.counts.astype(np.float64) * factor[row_ids(block.indptr)]
         return cls(
-            total=np.bincount(block.genes, weights=values, minlength=num_genes),
-            square=np.bincount(block.genes, weights=values**2, minlength=num_genes),
+            total=_sums(block, values, num_genes),
+            square=_sums(block, values**2, num_genes),
             detected=np.bincount(block.genes, minlength=num_genes).astype(np.int64),
             num_cells=len(block),
         )
@@ -60,6 +60,10 @@ class GeneMoments:
             self.detected + other.detected,
             self.num_cells + other.num_cells,
         )
+
+
+def _sums(block: CellBlock, values: F64, num_genes: int) -> F64:
+    return np.bincount(block.genes, weights=values, minlength=num_genes).astype(np.float64)
 
 
 def _standardised(dispersion: F64, mean: F64) -> F64:

@@ -26,6 +26,7 @@ __all__ = ["EmbedResult", "check_embed", "embed", "embed_cells", "token_source"]
 
 Say = Callable[[str], None]
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 _BLOCK_CELLS = 4096
 
 
@@ -88,7 +89,7 @@ def embed_cells(
     classify: bool = False,
     cells_micro: int = 64,
     say: Say | None = None,
-) -> npt.NDArray[np.float32]:
+) -> F32:
     """Embeddings (N, D), or with ``classify`` class probabilities (N, C), block by block."""
     parts = []
     started = time.perf_counter()
@@ -124,14 +125,19 @@ def _open(run: EmbedRun) -> tuple[LoadedModel, Cells, TokenSource, list[str]]:
     return model, cells, source, warnings
 
 
-def _picture(run: EmbedRun, embedding: npt.NDArray[np.float32], obs: pd.DataFrame) -> ad.AnnData:
+def _picture(run: EmbedRun, embedding: F32, obs: pd.DataFrame) -> F32:
     from cellray.bench.umap import plot_umap, umap_embedding
 
     coords = umap_embedding(embedding, seed=run.seed)
     colours = {
         name: obs[name].astype("string").fillna("unknown").tolist() for name in run.colour_by
     }
-    plot_umap(coords, colours or {"cells": ["cell"] * len(obs)}, Path(run.output) / "umap.png")
+    plot_umap(
+        coords,
+        colours=colours or {"cells": ["cell"] * len(obs)},
+        path=Path(run.output) / "umap.png",
+        title=f"zero-shot embedding: {run.model}",
+    )
     return coords
 
 

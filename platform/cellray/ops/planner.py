@@ -118,7 +118,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _training_lines(job: TrainJob) -> list[str]:
-    from cellray.train.worker import model_of
+    from cellray.train.checkpoint import model_of
 
     plan, source = job.data.plan, job.data.source
     with torch.device("meta"):
@@ -176,7 +176,7 @@ def estimate(run: Run) -> list[str]:
     if isinstance(run, runs.IngestRun):
         from cellray.data.ingest_job import check_ingest
 
-        return check_ingest(run.ingest)
+        return check_ingest(run)
     if isinstance(run, runs.BenchmarkRun):
         fits = len(run.methods) * len(run.seeds)
         names = ", ".join(run.methods)

@@ -229,6 +229,7 @@ def finetune(
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
     extra_callbacks: list[Any] | None = None,
+    prepared: Finetuning | None = None,
     look_at_test: bool = True,
 ) -> FinetuneResult:
     """Fine-tune; continues an interrupted run of the same name and configuration.
@@ -239,12 +240,13 @@ def finetune(
         parent: MLflow run that this one is a child of.
         tags: further MLflow tags.
         extra_callbacks: further Ray Train callbacks.
+        prepared: of the same run, if it has been prepared already.
         look_at_test: score the held-out cells at the end; a sweep must not.
     """
     uri = tracking_uri(run.tracking, run.checkpoint.dir)
     if run.tracking.enabled:
         check_tracking(uri)
-    prepared = prepare_finetune(run)
+    prepared = prepared or prepare_finetune(run)
     trained = fit_tracked(
         prepared.job,
         RunDirectory(run.checkpoint.dir, run.name),

@@ -1,0 +1,467 @@
+"""The benchmark job: every method and baseline on one split, every result a run in MLflow.
+
+One parent run holds the aggregate; one child run per (method, seed) holds parameters, metrics and
+predictions. The table is computed from the children by query. Each finished (method, seed) is kept
+in the run directory, so that an interrupted benchmark goes on where it stood; a method that fails
+is shown as failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy import sparse
+
+from cellray.baselines.base import baseline
+from cellray.bench.pictures import draw_umap
+from cellray.bench.render import render_markdown, render_terminal
+from cellray.bench.table import ResultRow, failed_rows, leaderboard, rows_of, to_frame
+from cellray.core.errors import CellrayError, ConfigError
+from cellray.core.section import apply_overrides, flatten, merge, read_toml, to_dict
+from cellray.infer.load import load
+from cellray.metrics.classification import METRICS
+from cellray.tasks.base import Split, Targets, Task, task
+from cellray.train.finetune import finetune, predict_labels, prepare_finetune
+from cellray.train.prepare import Cells, select_cells
+from cellray.train.tracking import (
+    Tracker,
+    check_tracking,
+    code_version,
+    open_command,
+    tracking_uri,
+)
+from cellray.train.trainer import RunDirectory
+
+if TYPE_CHECKING:
+    from cellray.runs import BenchmarkRun, FinetuneRun
+
+__all__ = ["BenchmarkResult", "benchmark"]
+
+Say = Callable[[str], None]
+_BLOCK_CELLS = 4096
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What a benchmark found.
+
+    Attributes:
+        table: the leaderboard, one row a method.
+        text: the same for a terminal.
+        umap_path: picture of the best model's cell embedding.
+        models: method -> exported model of its first seed.
+        open_command: opens the MLflow pages.
+        mlflow_run_id: the parent run, "" if tracking is off.
+    """
+
+    table: pd.DataFrame
+    text: str
+    umap_path: str
+    models: Mapping[str, str]
+    open_command: str
+    mlflow_run_id: str = ""
+
+    def lines(self) -> list[str]:
+        """What the command line prints."""
+        told = ["", self.text, ""]
+        told += [f"checkpoint ({name}): {path}" for name, path in self.models.items()]
+        told += [f"UMAP picture: {self.umap_path}"] if self.umap_path else []
+        return told + ([f"MLflow: {self.open_command}"] if self.open_command else [])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The one dataset and split that all rows of a table share."""
+
+    run: BenchmarkRun
+    unit: Task
+    cells: Cells
+    split: Split
+    targets: Targets
+    template: ResultRow
+    directory: Path
+    tracker: Tracker | None
+
+    @property
+    def truth(self) -> npt.NDArray[Any]:
+        """True labels of the test cells."""
+        label = to_dict(self.run.task)["label"]
+        rows = np.searchsorted(self.cells.joinids, self.split.test)
+        return np.asarray(self.cells.obs[label].astype(str).to_numpy()[rows], dtype=object)
+
+
+def method_run(run: BenchmarkRun, method: str, seed: int) -> FinetuneRun:
+    """The fine-tuning run of one cell of the table, validated.
+
+    Its task and selection of cells are the benchmark's, whatever its own file says.
+    """
+    from cellray.runs import FinetuneRun, build_run
+
+    data = to_dict(run.data)
+    shared = ("uri", "measurement", "layer", "obs_filter", "min_genes_per_cell")
+    raw = merge(
+        read_toml(run.methods[method]),
+        {
+            "name": f"{method}-seed{seed}",
+            "seed": seed,
+            "data": {key: data[key] for key in shared},
+            "checkpoint": {"dir": str(RunDirectory(run.checkpoint.dir, run.name).path)},
+            "tracking": to_dict(run.tracking)
+            | {
+                "mlflow_uri": tracking_uri(run.tracking, run.checkpoint.dir),
+                "experiment": run.tracking.experiment or f"benchmark-{to_dict(run.task)['name']}",
+            },
+        },
+    )
+    raw["task"] = to_dict(run.task)
+    raw = apply_overrides(raw, run.overrides)
+    built = build_run("finetune", raw, source=f"{run.methods[method]} for '{method}'")
+    assert isinstance(built, FinetuneRun)
+    return built
+
+
+def _setting(run: BenchmarkRun, tracker: Tracker | None, directory: Path) -> Setting:
+    unit = task(run.task.name)  # type: ignore[attr-defined]
+    cells = select_cells(run.data, lambda known: unit.columns(run.task, known))
+    split = unit.split(cells.obs, run.task, seed=0)
+    targets = unit.fit(cells.obs, run.task, split)
+    template = ResultRow(
+        task=unit.name,
+        dataset_id=Path(run.data.uri).name,
+        method="",
+        method_family="baseline",
+        status="skipped",
+        dataset_sha256=cells.store.fingerprint(cells.joinids),
+        split_id=split.unit,
+        split_sha256=split.split_sha256,
+        split_unit=split.unit,
+        n_cells=len(cells.joinids),
+        n_genes=cells.store.num_genes,
+        n_train=len(split.train),
+        n_val=len(split.validation),
+        n_test=len(split.test),
+        git_commit=code_version()["git_commit"],
+    )
+    return Setting(run, unit, cells, split, targets, template, directory, tracker)
+
+
+def _digest(values: npt.NDArray[Any]) -> str:
+    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
+
+
+def _counts(setting: Setting, joinids: npt.NDArray[np.int64]) -> sparse.csr_matrix:
+    """Raw counts of cells over all genes of the store, (N, V) float32."""
+    store = setting.cells.store
+    every = np.arange(store.num_genes, dtype=np.int32)
+    parts = []
+    for first in range(0, len(joinids), _BLOCK_CELLS):
+        block = store.read_block(joinids[first : first + _BLOCK_CELLS], every)
+        shape = (len(block), store.num_genes)
+        parts.append(sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape))
+    return sparse.csr_matrix(sparse.vstack(parts))
+
+
+def _run_baselines(setting: Setting, say: Say) -> None:
+    """Every baseline with every seed, on the cells that models train on."""
+    train, test = setting.split.train, setting.split.test
+    todo = [
+        (name, seed)
+        for name in setting.run.baselines
+        for seed in setting.run.seeds
+        if not _kept(setting, name, seed).is_file()
+    ]
+    if not todo:
+        return
+    train_counts, test_counts = _counts(setting, train), _counts(setting, test)
+    rows = np.searchsorted(setting.cells.joinids, train)
+    labels = setting.targets.codes[rows]
+    classes = np.asarray(setting.targets.classes, dtype=object)
+    for name, seed in todo:
+        unit = baseline(name)
+        config = unit.config(name=name)
+        started = time.perf_counter()
+        predictor = unit.fit(config, train_counts, labels, seed)
+        predicted = classes[predictor.predict(test_counts)]
+        seconds = time.perf_counter() - started
+        template = replace(
+            setting.template,
+            method=name,
+            seed=seed,
+            seed_scope=unit.seed_scope,
+            params_json=json.dumps(to_dict(config)),
+            wall_s=seconds,
+            overlap_flag="none",
+        )
+        _record(setting, template, predicted, say, params=to_dict(config))
+
+
+def _kept(setting: Setting, method: str, seed: int) -> Path:
+    """Where the result of one cell of the table is kept."""
+    return setting.directory / "results" / f"{method}-seed{seed}.json"
+
+
+def _record(
+    setting: Setting,
+    template: ResultRow,
+    predicted: npt.NDArray[Any] | None,
+    say: Say,
+    *,
+    params: Mapping[str, Any],
+    error: str = "",
+    tracker: Tracker | None = None,
+) -> None:
+    """Score predictions, keep the rows, and log them to the child run of this cell."""
+    template = replace(template, started_at=datetime.now(UTC).isoformat(timespec="seconds"))
+    if predicted is None:
+        rows = failed_rows(template, error)
+    else:
+        truth = setting.truth
+        scores = setting.unit.score(truth, predicted, setting.targets.classes)
+        template = replace(template, predictions_sha256=_digest(predicted))
+        rows = rows_of(template, scores)
+    if setting.tracker is not None:
+        own = tracker is None
+        child = tracker or Tracker.start(
+            setting.tracker.uri,
+            experiment=_experiment(setting.run),
+            name=f"{template.method}-seed{template.seed}",
+            parent=setting.tracker.run_id,
+        )
+        rows = [replace(row, run_id=child.run_id) for row in rows]
+        _log_child(setting, child, rows, predicted, params, error)
+        if own:
+            child.end("FAILED" if predicted is None else "FINISHED")
+    file = _kept(setting, template.method, template.seed or 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if predicted is not None:
+        frame = pd.DataFrame({"joinid": setting.split.test, "predicted": predicted})
+        frame.to_csv(file.with_suffix(".csv"), index=False)
+        headline = next(r for r in rows if r.metric_id == setting.unit.headline)
+        title = METRICS[headline.metric_id].title if headline.metric_id in METRICS else "score"
+        say(f"{template.method} seed {template.seed}: {title} {headline.value:.4f}")
+        file.write_text(json.dumps([asdict(row) for row in rows]))
+    else:
+        say(f"{template.method} seed {template.seed}: failed: {error}")
+        file.with_suffix(".failed").write_text(json.dumps([asdict(row) for row in rows]))
+
+
+def _log_child(
+    setting: Setting,
+    child: Tracker,
+    rows: list[ResultRow],
+    predicted: npt.NDArray[Any] | None,
+    params: Mapping[str, Any],
+    error: str,
+) -> None:
+    child.params(flatten(params))
+    child.tag("cellray.method", rows[0].method)
+    child.tag(
+        "cellray.row",
+        json.dumps(
+            asdict(replace(rows[0], metric_id="", value=None))
+            | {"status": "skipped", "error": error[:2000]}
+        ),
+    )
+    if predicted is None:
+        child.tag("cellray.error", error[:2000])
+        return
+    child.metrics({row.metric_id: float(row.value or 0.0) for row in rows})
+    frame = pd.DataFrame(
+        {"joinid": setting.split.test, "truth": setting.truth, "predicted": predicted}
+    )
+    child.table(frame, "tables/predictions.json")
+
+
+def _experiment(run: BenchmarkRun) -> str:
+    return run.tracking.experiment or f"benchmark-{to_dict(run.task)['name']}"
+
+
+def _run_methods(setting: Setting, say: Say) -> dict[str, str]:
+    """Fine-tune every method with every seed; returns method -> model of its first seed."""
+    models: dict[str, str] = {}
+    for method in setting.run.methods:
+        for seed in setting.run.seeds:
+            run = method_run(setting.run, method, seed)
+            model = RunDirectory(run.checkpoint.dir, run.name).model
+            if not _kept(setting, method, seed).is_file():
+                _run_method(setting, method, run, say)
+            if model.is_dir():
+                models.setdefault(method, str(model))
+    return models
+
+
+def _run_method(setting: Setting, method: str, run: FinetuneRun, say: Say) -> None:
+    started = time.perf_counter()
+    template = replace(
+        setting.template,
+        method=method,
+        method_family="foundation_ft" if run.init_from else "from_scratch",
+        seed=run.seed,
+        seed_scope="init, batch order, validation cells",
+        init="pretrained" if run.init_from else "scratch",
+        checkpoint_id=run.init_from,
+        params_json=json.dumps(to_dict(run)),
+        world_size=run.scale.workers,
+        precision=run.train.precision,
+    )
+    params = to_dict(run)
+    parent = setting.tracker.run_id if setting.tracker else None
+    try:
+        prepared = prepare_finetune(run)
+        result = finetune(run, say, parent=parent, prepared=prepared, look_at_test=False)
+        model = load(result.trained.model_dir)
+        predicted = predict_labels(model, prepared, setting.split.test)
+    except (CellrayError, RuntimeError, OSError) as error:
+        _record(setting, template, None, say, params=params, error=_short(error))
+        return
+    child = None
+    if setting.tracker is not None and result.trained.mlflow_run_id:
+        child = Tracker(setting.tracker.uri, result.trained.mlflow_run_id)
+    template = replace(
+        template,
+        wall_s=time.perf_counter() - started,
+        cells_per_s=result.trained.metrics.get("cells_per_s"),
+    )
+    _record(setting, template, predicted, say, params={}, tracker=child)
+
+
+def _short(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:500]
+
+
+def _rows_from_children(setting: Setting) -> list[ResultRow]:
+    """The long table, from the parent's children alone (from kept files without tracking)."""
+    rows: list[ResultRow] = []
+    wanted = [
+        (m, s) for m in [*setting.run.baselines, *setting.run.methods] for s in setting.run.seeds
+    ]
+    if setting.tracker is None:
+        for method, seed in wanted:
+            file = _kept(setting, method, seed)
+            file = file if file.is_file() else file.with_suffix(".failed")
+            rows += [ResultRow(**row) for row in json.loads(file.read_text())]
+        return rows
+    newest: dict[tuple[str, int], Any] = {}
+    for child in setting.tracker.children():
+        if "cellray.row" in child.data.tags:
+            row = json.loads(child.data.tags["cellray.row"])
+            newest.setdefault((row["method"], row["seed"]), (row, child))
+    for key in wanted:
+        if key in newest:
+            rows += _child_rows(*newest[key])
+    return rows
+
+
+def _child_rows(row: dict[str, Any], child: Any) -> list[ResultRow]:
+    error = row.pop("error")
+    template = ResultRow(**row | {"run_id": child.info.run_id})
+    if "cellray.error" in child.data.tags:
+        return failed_rows(template, error)
+    scores = {k: v for k, v in child.data.metrics.items() if k in METRICS}
+    return rows_of(template, scores)
+
+
+def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
+    """Run or continue a benchmark.
+
+    Raises:
+        ConfigError: a compulsory baseline is left out.
+        CellrayError: a configuration or the data do not fit; found before anything is trained.
+    """
+    unit = task(run.task.name)  # type: ignore[attr-defined]
+    absent = [name for name in unit.compulsory if name not in run.baselines]
+    if absent:
+        raise ConfigError(
+            f"baselines = {run.baselines} lacks {', '.join(absent)}; a table of task "
+            f"'{unit.name}' is not shown without {', '.join(unit.compulsory)}"
+        )
+    uri = tracking_uri(run.tracking, run.checkpoint.dir)
+    if run.tracking.enabled:
+        check_tracking(uri)
+    for method in run.methods:
+        prepare_finetune(method_run(run, method, run.seeds[0]))
+    directory = RunDirectory(run.checkpoint.dir, run.name)
+    setting = _setting(run, None, directory.path)
+    prints = {"data": setting.template.dataset_sha256, "split": setting.split.split_sha256}
+    directory.enter(to_dict(run), prints, run.checkpoint.resume)
+    for warning in setting.split.warnings:
+        say(f"warning: {warning}")
+    tracker = _parent(run, directory, uri) if run.tracking.enabled else None
+    setting = replace(setting, tracker=tracker)
+    status = "FAILED"
+    try:
+        _run_baselines(setting, say)
+        models = _run_methods(setting, say)
+        result = _conclude(setting, models, uri)
+        status = "FINISHED"
+    finally:
+        if tracker is not None:
+            tracker.end(status)
+    return result
+
+
+def _parent(run: BenchmarkRun, directory: RunDirectory, uri: str) -> Tracker:
+    old = directory.read("mlflow.json")
+    if old.get("uri") == uri:
+        tracker = Tracker(uri, old["run_id"])
+        tracker.restart()
+        return tracker
+    tracker = Tracker.start(uri, experiment=_experiment(run), name=run.name)
+    directory.write("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
+    tracker.params(flatten(to_dict(run)))
+    return tracker
+
+
+def _umap(setting: Setting, models: Mapping[str, str], board: pd.DataFrame) -> str:
+    """The picture of the best model's embedding; "" without a model."""
+    best = next((m for m in board["method"] if m in models), None)
+    if best is None:
+        return ""
+    seed = setting.run.seeds[0]
+    kept = pd.read_csv(_kept(setting, best, seed).with_suffix(".csv"))
+    return draw_umap(
+        models[best],
+        setting.cells,
+        setting.split,
+        label=to_dict(setting.run.task)["label"],
+        predictions=dict(zip(kept["joinid"], kept["predicted"].astype(str), strict=True)),
+        title=f"{best}, seed {seed}: cell embedding after fine-tuning",
+        path=setting.directory / "umap.png",
+    )
+
+
+def _conclude(setting: Setting, models: Mapping[str, str], uri: str) -> BenchmarkResult:
+    """Aggregate, draw, and log to the parent."""
+    rows = _rows_from_children(setting)
+    board = leaderboard(rows, headline=setting.unit.headline, compulsory=setting.unit.compulsory)
+    text = render_terminal(board)
+    folder = setting.directory
+    umap_path = _umap(setting, models, board)
+    (folder / "leaderboard.md").write_text(render_markdown(board) + "\n")
+    board.to_csv(folder / "leaderboard.csv", index=False)
+    if setting.tracker is not None:
+        tracker = setting.tracker
+        tracker.table(to_frame(rows), "tables/results_long.json")
+        tracker.table(board, "tables/leaderboard.json")
+        tracker.note(render_markdown(board))
+        if umap_path:
+            tracker.artifact(umap_path, "pictures")
+    return BenchmarkResult(
+        table=board,
+        text=text,
+        umap_path=umap_path,
+        models=models,
+        open_command=open_command(uri) if setting.tracker else "",
+        mlflow_run_id=setting.tracker.run_id if setting.tracker else "",
+    )
