@@ -238,7 +238,7 @@ def _record(
             parent=setting.tracker.run_id,
         )
         rows = [replace(row, run_id=child.run_id) for row in rows]
-        _log_child(setting, child, rows, predicted, params, error)
+        _log_child(setting, child, template, rows, predicted, params, error)
         if own:
             child.end("FAILED" if predicted is None else "FINISHED")
     file = _kept(setting, template.method, template.seed or 0)
@@ -258,20 +258,15 @@ def _record(
 def _log_child(
     setting: Setting,
     child: Tracker,
+    template: ResultRow,
     rows: list[ResultRow],
     predicted: npt.NDArray[Any] | None,
     params: Mapping[str, Any],
     error: str,
 ) -> None:
     child.params(flatten(params))
-    child.tag("cellray.method", rows[0].method)
-    child.tag(
-        "cellray.row",
-        json.dumps(
-            asdict(replace(rows[0], metric_id="", value=None))
-            | {"status": "skipped", "error": error[:2000]}
-        ),
-    )
+    child.tag("cellray.method", template.method)
+    child.tag("cellray.row", json.dumps(asdict(template)))
     if predicted is None:
         child.tag("cellray.error", error[:2000])
         return
@@ -364,10 +359,9 @@ def _rows_from_children(setting: Setting) -> list[ResultRow]:
 
 
 def _child_rows(row: dict[str, Any], child: Any) -> list[ResultRow]:
-    error = row.pop("error")
     template = ResultRow(**row | {"run_id": child.info.run_id})
     if "cellray.error" in child.data.tags:
-        return failed_rows(template, error)
+        return failed_rows(template, child.data.tags["cellray.error"])
     scores = {k: v for k, v in child.data.metrics.items() if k in METRICS}
     return rows_of(template, scores)
 

@@ -20,6 +20,8 @@ _LOCAL = {
     "RAY_AUTH_MODE": "disabled",
     # Our own progress lines speak for the stream; Ray Data's bars would overwrite them.
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # A local Ray runs many small actors on few cores; by default it warns of more than 4 x cores.
+    "RAY_worker_maximum_startup_concurrency": "16",
     # Tasks without a GPU keep CUDA_VISIBLE_DEVICES as it is, and Ray does not warn about that.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
@@ -49,6 +51,7 @@ def local_ray_environment(
     - ``RAY_USAGE_STATS_ENABLED=0``: nothing is sent to the network.
     - ``RAY_AUTH_MODE=disabled``: no token file for a cluster that only this process uses.
     - ``RAY_DATA_DISABLE_PROGRESS_BARS=1``: cellray's own progress lines stay readable.
+    - ``RAY_worker_maximum_startup_concurrency=16``: quiet about many small actors on few cores.
     - ``RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0``: quiet about tasks that reserve no GPU.
     - ``DS_ACCELERATOR=cpu``, without a GPU: DeepSpeed does not guess, and does not log its guess.
 

@@ -151,6 +151,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         seed=run.seed,
         categories=categories,
         extra_codes={"label": np.where(seen, targets.codes, -1)},
+        genes_chosen=bool(run.data.vocab_genes or source.run.get("data", {}).get("vocab_genes")),
     )
     data = replace(data, warnings=[*data.warnings, *split.warnings])
     manifest = replace(

@@ -241,6 +241,7 @@ def make_training_data(
     seed: int,
     categories: Mapping[str, list[str]] | None = None,
     extra_codes: Mapping[str, I64] | None = None,
+    genes_chosen: bool = False,
 ) -> TrainingData:
     """Plan, source and checks for given training and validation cells.
 
@@ -255,6 +256,8 @@ def make_training_data(
         seed: the run's seed.
         categories: covariate categories of a checkpoint.
         extra_codes: further codes aligned with ``cells.obs`` (labels).
+        genes_chosen: the vocabulary is a choice of variable genes, so that counts outside it are
+            left out on purpose and no warning.
 
     Raises:
         DataError: no gene in common with the vocabulary.
@@ -262,6 +265,8 @@ def make_training_data(
     """
     mapping = gene_map(cells.store, vocab)
     warnings = check_coverage(coverage(cells.store, vocab, joinids=cells.joinids), vocab)
+    if genes_chosen:
+        warnings = []
     codes, names = encode(cells.obs, data.covariates, categories)
     max_tokens = int(getattr(tokenizer, "max_tokens", 2**31))
     lengths = cells.lengths(max_tokens) if data.bucket_by_length else None

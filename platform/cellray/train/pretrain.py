@@ -69,6 +69,7 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         train=np.sort(train),
         validation=np.sort(validation),
         seed=run.seed,
+        genes_chosen=run.data.vocab_genes > 0,
     )
     model = to_dict(run.model)
     manifest = Manifest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -142,6 +143,7 @@ class Tracker:
         Raises:
             TrackingError: the store refuses.
         """
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # its migrations
         client = MlflowClient(tracking_uri=uri)
         try:
             found = client.get_experiment_by_name(experiment)

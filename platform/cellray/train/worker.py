@@ -126,15 +126,16 @@ class _Worker:
         if job.device == "cuda":
             self.device = ray.train.torch.get_device()
         else:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed its guess
             threads = job.scale.threads_per_worker
             share = (os.cpu_count() or 1) // context.get_local_world_size()
             torch.set_num_threads(threads or max(1, share))
         self.vocab = job.data.source.vocab
         self.objective = build_objective(job.manifest.objective, self.vocab)
         self.collator = Collator(self.objective, self.vocab.pad, job.batch.cells_micro, job.seed)
-        self.telemetry = Telemetry(job.name, rank=self.rank)
         self.validation = self._validation()
         self.engine, self.first_step = self._engine()
+        self.telemetry = Telemetry(job.name, self.rank, first_step=self.first_step)
 
     def _model(self) -> CellModel:
         job = self.job
