@@ -1,7 +1,7 @@
 """ZeRO stages 0 to 3 on two gloo workers give the losses of plain single-process AdamW.
 
-Tolerance: 2e-5 absolute on losses of about 4, in float32, over 6 steps with clipping, warm-up and
-accumulation. Each case has its own processes: ZeRO 3 patches torch for the whole process.
+Tolerance: 2e-6 relative on the losses of 6 float32 steps with clipping, warm-up and accumulation
+(the sums are reduced in another order), 2e-4 absolute on the weights after them. Each case has its own processes: ZeRO 3 patches torch for the whole process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cellray.train.optim import learning_rate
 from cellray.train.worker import build_objective
 
 STEPS, CELLS_GLOBAL = 6, 8
-TOLERANCE = 2e-5
+TOLERANCE = 2e-6
 OPTIM = OptimSection(lr=3e-3, warmup_steps=2, clip_norm=0.5, weight_decay=0.1)
 
 
@@ -75,7 +75,7 @@ def check(results, expected):
     losses, weights = expected
     assert losses[-1] < losses[0]
     for got, got_weights in results:
-        np.testing.assert_allclose(got, losses, atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(got, losses, rtol=TOLERANCE, atol=0)
         assert got_weights.keys() == weights.keys()
         for key, value in weights.items():
             np.testing.assert_allclose(got_weights[key], value, atol=2e-4, err_msg=key)
