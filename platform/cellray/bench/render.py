@@ -11,7 +11,16 @@ import pandas as pd
 from cellray.core.errors import DataError, did_you_mean
 from cellray.metrics.classification import METRICS
 
-__all__ = ["SHOWN", "board_metrics", "legend", "render_markdown", "render_terminal", "title_of"]
+__all__ = [
+    "SHOWN",
+    "board_metrics",
+    "legend",
+    "render_markdown",
+    "render_terminal",
+    "shortened",
+    "title_of",
+    "value_text",
+]
 
 SHOWN = (
     "accuracy.v1",
@@ -20,6 +29,7 @@ SHOWN = (
     "macro_f1.union.v1",
     "macro_f1.test.v1",
 )
+_REMARK_WIDTH = 60  # of a terminal's line; Markdown and the page have all of it
 _REPORTED = "reported by others, not measured here"
 
 
@@ -44,12 +54,14 @@ def board_metrics(board: pd.DataFrame, metrics: Sequence[str] | None = None) -> 
     return list(metrics or [name for name in SHOWN if name in there] or there)
 
 
-def _value(row: pd.Series, metric: str) -> str:
+def value_text(row: pd.Series, metric: str) -> str:
     """``0.873 ± 0.012``, ``0.965 ± n/a``, ``failed`` or, for a reported row, ``0.703``."""
     mean, spread = float(row[metric]), float(row[f"{metric}.sd"])
     reported = row["provenance"] == "reported"
     if math.isnan(mean):
-        return "-" if reported or not row["n_failed"] or row["n_seeds"] else str(row["status"])
+        if reported or not row["n_failed"] or row["n_seeds"]:
+            return "-"
+        return "skipped" if row["status"] == "skipped" else "failed"
     if math.isnan(spread):
         return f"{mean:.3f}" if reported else f"{mean:.3f} ± n/a  "
     return f"{mean:.3f} ± {spread:.3f}"
@@ -81,7 +93,7 @@ def _cells(board: pd.DataFrame, metrics: Sequence[str]) -> _Cells:
         reported = row["provenance"] == "reported"
         seeds = "-" if reported else str(row["n_seeds"])
         name = f"{row['method']} †" if reported else str(row["method"])
-        lines.append([name, seeds, *(_value(row, m) for m in metrics), _remark(row)])
+        lines.append([name, seeds, *(value_text(row, m) for m in metrics), _remark(row)])
     heading = ["method", "seeds", *(title_of(m) for m in metrics), "remark"]
     if not any(line[-1] for line in lines):
         heading, lines = heading[:-1], [line[:-1] for line in lines]
@@ -106,6 +118,9 @@ def render_terminal(board: pd.DataFrame, *, metrics: Sequence[str] | None = None
     """
     shown = board_metrics(board, metrics)
     cells = _cells(board, shown)
+    if cells.heading[-1] == "remark":
+        for line in cells.lines:
+            line[-1] = shortened(line[-1], _REMARK_WIDTH)
     table = [cells.heading, *cells.lines]
     widths = [max(len(line[i]) for line in table) for i in range(len(cells.heading))]
     num_right = 1 + len(shown)  # seeds and values are aligned right, names and remarks left
@@ -123,6 +138,11 @@ def render_terminal(board: pd.DataFrame, *, metrics: Sequence[str] | None = None
     rule = "─" * max(len(text(cells.heading)), *(len(line) for line in lines))
     note = "mean ± standard deviation over seeds (n/a: one seed, or no seed changes the method)"
     return "\n".join([text(cells.heading), rule, *lines, rule, note])
+
+
+def shortened(text: str, width: int) -> str:
+    """``text``, cut to ``width`` characters with an ellipsis if it is longer."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _markdown_line(cells: Sequence[str]) -> str:

@@ -368,7 +368,7 @@ def leaderboard(
         note = {"note": _note(method, floor, headline, sign)}
         records.append(_record(method, shown) | delta | note)
     reported = _group(row for row in rows if row.provenance == "reported")
-    records += [_record(method, shown) for method in reported]
+    records += [_record(method, shown) | {"note": ""} for method in reported]
     return pd.DataFrame(records)
 
 

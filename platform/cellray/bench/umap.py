@@ -5,9 +5,9 @@ Legend: N cells, D width of the embedding.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from cellray.bench.render import shortened
 from cellray.core.errors import DataError
 
 __all__ = ["PALETTE", "plot_umap", "umap_embedding"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
 Labels = Sequence[str] | npt.NDArray[np.generic]
 
 # The first six are Okabe and Ito's (jfly.uni-koeln.de/color, 2008); the others were each chosen
@@ -37,8 +39,8 @@ _REST = "#BDBDBD"
 _MISSING = "no value"
 _NUMBERED_FROM = 7  # classes; fewer are told apart by colour alone
 _COMPACT = 0.45  # a class whose median distance to its centre is below it gets its number drawn
+_NAME_WIDTH = 34
 _PANEL_INCHES = 4.6
-_LEGEND_ROWS = 24
 _DPI = 150
 
 
@@ -90,43 +92,58 @@ def umap_embedding(
         return np.asarray(layout.fit_transform(vectors), dtype=np.float32)
 
 
-def _classes(labels: Labels, num: int, title: str) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Codes and names, most frequent first; beyond 20 classes the rest is one grey class."""
+@dataclass(frozen=True)
+class _Colouring:
+    """One panel's classes; ``order`` also names those that are lumped together as grey.
+
+    Shapes:
+        codes: (N,) int64 into ``names`` and ``colours``.
+    """
+
+    codes: I64
+    names: list[str]
+    colours: list[str]
+    order: list[str]
+
+    @property
+    def num_coloured(self) -> int:
+        """Classes with a colour, and a number, of their own."""
+        return sum(colour != _REST for colour in self.colours)
+
+
+def _texts(labels: Labels, num: int, title: str) -> npt.NDArray[np.str_]:
     values = np.asarray(labels, dtype=object)
     if values.shape != (num,):
-        raise DataError(f"'{title}' colours {values.shape} labels but there are {num} cells")
+        raise DataError(f"'{title}' has {len(values)} labels but there are {num} cells")
     missing = [v is None or v != v for v in values]
-    texts = np.where(missing, _MISSING, values.astype(str)).astype(str)
+    return np.where(missing, _MISSING, values.astype(str)).astype(str)
+
+
+def _colouring(texts: npt.NDArray[np.str_], earlier: Sequence[_Colouring]) -> _Colouring:
+    """Classes most frequent first; those that an earlier panel all shows keep its colours."""
     names, counts = np.unique(texts, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    names = names[order]
-    named = [str(n) for n in names if n != _MISSING]
-    kept = named if len(named) <= len(PALETTE) else named[: len(PALETTE) - 1]
+    order = [str(n) for n in names[np.argsort(-counts, kind="stable")] if n != _MISSING]
+    same = [panel.order for panel in earlier if set(order) <= set(panel.order)]
+    order = same[0] if same else order
+    kept = order if len(order) <= len(PALETTE) else order[: len(PALETTE) - 1]
+    rest = [f"{len(order) - len(kept)} other classes"] if len(order) > len(kept) else []
+    rest += [_MISSING] if _MISSING in names else []
     code_of = {name: code for code, name in enumerate(kept)}
-    codes = np.array([code_of.get(text, len(kept)) for text in texts], dtype=np.int64)
-    rest = []
-    if len(named) > len(kept):
-        rest.append(f"{len(named) - len(kept)} other classes")
-    if _MISSING in names:
-        rest.append(_MISSING)
-    return codes, [*kept, *([" or ".join(rest)] if rest else [])]
+    codes = np.array([code_of.get(str(text), len(kept)) for text in texts], dtype=np.int64)
+    shown = [*kept, *([" or ".join(rest)] if rest else [])]
+    colours = [*PALETTE[: len(kept)], *([_REST] if rest else [])]
+    return _Colouring(codes, shown, colours, order)
 
 
-def _palette_of(num: int, *, has_rest: bool) -> list[str]:
-    return [*PALETTE[: num - has_rest], *([_REST] if has_rest else [])]
-
-
-def _draw_panel(
-    axes: Any, coords: F64, codes: npt.NDArray[np.int64], names: list[str], colours: list[str]
-) -> None:
-    # a fixed shuffle, so that no class is painted over another as a whole
+def _draw_panel(axes: Any, coords: F64, panel: _Colouring) -> None:
+    # a fixed shuffle, so that no class is painted over another as a whole; grey lies below all
     order = np.random.default_rng(0).permutation(len(coords))
-    size = float(np.clip(9000 / len(coords), 0.6, 28))
+    order = order[np.argsort(panel.codes[order] < panel.num_coloured, kind="stable")]
     axes.scatter(
         coords[order, 0],
         coords[order, 1],
-        c=np.array(colours, dtype=object)[codes[order]].tolist(),
-        s=size,
+        c=np.array(panel.colours, dtype=object)[panel.codes[order]].tolist(),
+        s=float(np.clip(16_000 / len(coords), 0.6, 28)),
         linewidths=0,
         alpha=0.85 if len(coords) < 20_000 else 0.6,
         rasterized=True,
@@ -134,28 +151,38 @@ def _draw_panel(
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_aspect("equal", adjustable="datalim")
-    axes.margins(0.04)
+    axes.margins(0.05)
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_color("#D0D0D0")
-    if len(names) >= _NUMBERED_FROM:
-        _number_classes(axes, coords, codes, len(names))
+    if panel.num_coloured >= _NUMBERED_FROM:
+        _number_classes(axes, coords, panel)
 
 
-def _number_classes(axes: Any, coords: F64, codes: npt.NDArray[np.int64], num: int) -> None:
-    """Write a class's legend number at the middle of it, where it has one."""
-    spread = float(np.median(np.linalg.norm(coords - np.median(coords, axis=0), axis=1)))
-    for code in range(num):
-        cells = coords[codes == code]
-        centre = np.median(cells, axis=0)
-        around = np.median(np.linalg.norm(cells - centre, axis=1))
-        if around > _COMPACT * spread:
+def _number_classes(axes: Any, coords: F64, panel: _Colouring) -> None:
+    """Write a class's legend number at the middle of it, where it has one and there is room."""
+    centre = np.median(coords, axis=0)
+    spread = float(np.median(np.linalg.norm(coords - centre, axis=1)))
+    room = 0.04 * float(np.ptp(coords, axis=0).max())
+    taken: list[F64] = []
+    for code in range(panel.num_coloured):
+        cells = coords[panel.codes == code]
+        if not len(cells):
             continue
-        medoid = cells[np.argmin(np.linalg.norm(cells - centre, axis=1))]
-        axes.text(
-            *medoid,
+        away = np.linalg.norm(cells - np.median(cells, axis=0), axis=1)
+        medoid = cells[np.argmin(away)]
+        near = any(float(np.linalg.norm(medoid - other)) < room for other in taken)
+        if near or float(np.median(away)) > _COMPACT * spread:
+            continue
+        taken.append(medoid)
+        few = len(cells) < max(30, len(coords) // 50)  # a number on top would hide them
+        left = bool(medoid[0] > centre[0])
+        axes.annotate(
             str(code + 1),
-            ha="center",
-            va="center",
+            medoid,
+            xytext=((-5 if left else 5), 5) if few else (0, 0),
+            textcoords="offset points",
+            ha=("right" if left else "left") if few else "center",
+            va="bottom" if few else "center",
             fontsize=8,
             fontweight="bold",
             color="#1A1A1A",
@@ -163,11 +190,10 @@ def _number_classes(axes: Any, coords: F64, codes: npt.NDArray[np.int64], num: i
         )
 
 
-def _draw_legend(
-    axes: Any, codes: npt.NDArray[np.int64], names: list[str], colours: list[str]
-) -> None:
-    counts = np.bincount(codes, minlength=len(names))
-    numbered = len(names) >= _NUMBERED_FROM
+def _draw_legend(axes: Any, panel: _Colouring) -> None:
+    counts = np.bincount(panel.codes, minlength=len(panel.names))
+    numbered = panel.num_coloured if panel.num_coloured >= _NUMBERED_FROM else 0
+    prefix = [f"{code + 1}  " if code < numbered else "" for code in range(len(panel.names))]
     entries = [
         Line2D(
             [],
@@ -175,10 +201,11 @@ def _draw_legend(
             linestyle="",
             marker="o",
             markersize=6,
-            color=colour,
-            label=f"{f'{i + 1}  ' if numbered else ''}{_shortened(name)} ({count:,})",
+            color=panel.colours[code],
+            label=f"{prefix[code]}{shortened(name, _NAME_WIDTH)} ({counts[code]:,})",
         )
-        for i, (name, colour, count) in enumerate(zip(names, colours, counts, strict=True))
+        for code, name in enumerate(panel.names)
+        if counts[code]
     ]
     axes.legend(
         handles=entries,
@@ -189,12 +216,7 @@ def _draw_legend(
         fontsize=8,
         handletextpad=0.3,
         labelspacing=0.35,
-        ncols=math.ceil(len(entries) / _LEGEND_ROWS),
     )
-
-
-def _shortened(name: str, width: int = 34) -> str:
-    return name if len(name) <= width else name[: width - 1] + "…"
 
 
 def plot_umap(
@@ -206,8 +228,9 @@ def plot_umap(
 ) -> Path:
     """Draw the same layout once for each colouring, side by side, and save it as PNG.
 
-    Classes are numbered by size; with 7 or more, a compact class carries its number in the
-    picture too, so that the legend can be read without telling colours apart. Beyond 20 classes
+    Classes are ordered by size; with 7 or more they are numbered, and a compact class carries its
+    number in the picture, so that the legend can be read without telling colours apart. A panel
+    whose classes all occur in an earlier one (predictions) shares its colours. Beyond 20 classes
     the smaller ones are grey.
 
     Args:
@@ -227,18 +250,18 @@ def plot_umap(
         raise DataError(f"a picture needs (N, 2) coordinates; these are {points.shape}")
     if not colours:
         raise DataError("nothing to colour the picture by; give at least one column of labels")
-    prepared = {name: _classes(labels, len(points), name) for name, labels in colours.items()}
-    num = len(prepared)
-    figure = Figure(
-        figsize=(num * (_PANEL_INCHES + 2.0), _PANEL_INCHES + 0.6), layout="constrained"
-    )
+    panels: list[_Colouring] = []
+    for name, labels in colours.items():
+        panels.append(_colouring(_texts(labels, len(points), name), panels))
+    num = len(panels)
+    size = (num * (_PANEL_INCHES + 2.0), _PANEL_INCHES + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, num, squeeze=False)[0]
-    for axes, (name, (codes, names)) in zip(panels, prepared.items(), strict=True):
-        has_rest = names[-1] == _MISSING or names[-1].endswith(("other classes", _MISSING))
-        chosen = _palette_of(len(names), has_rest=has_rest)
-        _draw_panel(axes, points, codes, names, chosen)
-        _draw_legend(axes, codes, names, chosen)
+    for axes, name, panel in zip(
+        figure.subplots(1, num, squeeze=False)[0], colours, panels, strict=True
+    ):
+        _draw_panel(axes, points, panel)
+        _draw_legend(axes, panel)
         axes.set_title(name, fontsize=11, loc="left")
         axes.set_xlabel("UMAP 1", fontsize=8, color="#707070", loc="left")
         axes.set_ylabel("UMAP 2", fontsize=8, color="#707070", loc="bottom")
