@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from helpers_cells import known_cells
 
 REPOSITORY = Path(__file__).resolve().parent.parent

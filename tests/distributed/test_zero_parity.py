@@ -1,7 +1,8 @@
 """ZeRO stages 0 to 3 on two gloo workers give the losses of plain single-process AdamW.
 
 Tolerance: 2e-6 relative on the losses of 6 float32 steps with clipping, warm-up and accumulation
-(the sums are reduced in another order), 2e-4 absolute on the weights after them. Each case has its own processes: ZeRO 3 patches torch for the whole process.
+(the sums are reduced in another order), 2e-4 absolute on the weights after them. Each case has its
+own processes: ZeRO 3 patches torch for the whole process.
 """
 
 from __future__ import annotations

@@ -52,10 +52,10 @@ def finetune_raw(uri: str, folder: Path, **over: Any) -> dict[str, Any]:
         },
         "optim": {"lr": 1e-2},
         "batch": {"cells_global": 12, "cells_micro": 12},
-        "train": {"steps": 40, "log_every_steps": 20, "eval_every_steps": 20},
+        "train": {"steps": 120, "log_every_steps": 40, "eval_every_steps": 40},
         "engine": {"name": "torch"},
         "scale": {"workers": 1, "threads_per_worker": 1},
-        "checkpoint": {"dir": str(folder), "every_steps": 20},
+        "checkpoint": {"dir": str(folder), "every_steps": 40},
     }
     return merge(raw, over)
 

@@ -13,7 +13,6 @@ import mlflow
 import numpy as np
 import psutil
 import pytest
-from helpers_runs import pretrain_raw, pretrain_run, progress
 
 from cellray.core.errors import CheckpointError, ConfigError, DataError, TrackingError
 from cellray.core.section import to_toml
@@ -22,6 +21,7 @@ from cellray.infer.load import load
 from cellray.ops.show import show
 from cellray.runs import run_job
 from cellray.train.checkpoint import read_checkpoint
+from helpers_runs import pretrain_raw, pretrain_run, progress
 
 pytestmark = pytest.mark.ray
 

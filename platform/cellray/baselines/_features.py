@@ -20,7 +20,7 @@ from scipy import linalg, sparse
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellray.baselines.base import BaselineConfig, check_genes
-from cellray.core.errors import DataError
+from cellray.data.variable import GeneMoments, choose_variable
 
 __all__ = [
     "Components",
@@ -30,14 +30,12 @@ __all__ = [
     "fit_genes",
     "log_normalise",
     "one_thread",
-    "variable_genes",
 ]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-_BINS = 20
 _CLIP = 10.0  # in standard deviations: one outlier count may not own a component
 
 
@@ -62,14 +60,6 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-def _scale_rows(counts: sparse.csr_matrix, target_sum: float) -> sparse.csr_matrix:
-    sizes = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
-    factors = np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
-    scaled = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
-    scaled.data *= np.repeat(factors, np.diff(scaled.indptr))
-    return scaled
-
-
 def log_normalise(counts: sparse.csr_matrix, *, target_sum: float = 1e4) -> sparse.csr_matrix:
     """``log1p(counts / library size * target_sum)``; a cell without counts stays zero.
 
@@ -80,64 +70,21 @@ def log_normalise(counts: sparse.csr_matrix, *, target_sum: float = 1e4) -> spar
     Returns:
         (N, G) float64 csr.
     """
-    result = _scale_rows(counts, target_sum)
+    sizes = np.asarray(counts.sum(axis=1), dtype=np.float64).ravel()
+    factors = np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    result = sparse.csr_matrix(counts, dtype=np.float64, copy=True)
+    result.data *= np.repeat(factors, np.diff(result.indptr))
     np.log1p(result.data, out=result.data)
     return result
 
 
-def _moments(matrix: sparse.csr_matrix) -> tuple[F64, F64]:
-    """Mean and variance (n - 1) of each column, (G,) each."""
+def _deviations(matrix: sparse.csr_matrix) -> F64:
+    """Standard deviation (n - 1) of each column, (K,)."""
     num = matrix.shape[0]
     mean = np.asarray(matrix.mean(axis=0), dtype=np.float64).ravel()
     square = np.asarray(matrix.multiply(matrix).mean(axis=0), dtype=np.float64).ravel()
-    return mean, np.maximum(square - mean**2, 0.0) * (num / max(num - 1, 1))
-
-
-def _standardised(dispersion: F64, mean: F64) -> F64:
-    """Dispersion against genes of like mean: (x - median) / MAD within 20 quantile bins."""
-    edges = np.quantile(mean, np.linspace(0, 1, _BINS + 1)[1:-1])
-    bins = np.searchsorted(edges, mean, side="right")
-    result = np.zeros_like(dispersion)
-    for index in np.unique(bins):
-        inside = bins == index
-        centre = np.median(dispersion[inside])
-        spread = np.median(np.abs(dispersion[inside] - centre))
-        result[inside] = (dispersion[inside] - centre) / (spread if spread > 0 else 1.0)
-    return result
-
-
-def variable_genes(
-    counts: sparse.csr_matrix, *, num_genes: int, target_sum: float = 1e4, min_cells: int = 3
-) -> I64:
-    """The genes whose dispersion stands out among genes of like mean.
-
-    Log variance-to-mean ratio of depth-normalised counts, standardised by median and MAD in 20
-    mean quantiles (the scheme of Zheng et al. 2017, doi:10.1038/ncomms14049).
-
-    Args:
-        counts: (N, G) raw counts of training cells.
-        num_genes: genes at most.
-        target_sum: counts each cell is scaled to.
-        min_cells: training cells that must detect a candidate.
-
-    Returns:
-        (K,) ascending gene positions; ties go to the lower position.
-
-    Raises:
-        DataError: no gene varies among the training cells.
-    """
-    mean, variance = _moments(_scale_rows(counts, target_sum))
-    detected = np.bincount(counts.indices[counts.data > 0], minlength=counts.shape[1])
-    candidates = np.flatnonzero((detected >= min(min_cells, counts.shape[0])) & (variance > 0))
-    if not len(candidates):
-        raise DataError(
-            f"no gene varies among the {counts.shape[0]} training cells (detected in at least "
-            f"{min_cells}); train on more cells or lower min_cells"
-        )
-    dispersion = np.log(variance[candidates] / mean[candidates])
-    score = _standardised(dispersion, mean[candidates])
-    best = np.argsort(-score, kind="stable")[:num_genes]
-    return np.sort(candidates[best]).astype(np.int64)
+    variance = np.maximum(square - mean**2, 0.0) * (num / max(num - 1, 1))
+    return np.asarray(np.sqrt(variance), dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -175,14 +122,9 @@ def fit_genes(counts: sparse.csr_matrix, config: FeatureConfig) -> GeneFeatures:
     Raises:
         DataError: no gene varies.
     """
-    genes = variable_genes(
-        counts,
-        num_genes=config.num_genes,
-        target_sum=config.target_sum,
-        min_cells=config.min_cells,
-    )
-    logged = log_normalise(counts, target_sum=config.target_sum)[:, genes]
-    scale = np.sqrt(_moments(logged.tocsr())[1])
+    moments = GeneMoments.of_counts(counts, target_sum=config.target_sum)
+    genes = choose_variable(moments, num_genes=config.num_genes, min_cells=config.min_cells)
+    scale = _deviations(log_normalise(counts, target_sum=config.target_sum)[:, genes].tocsr())
     keep = scale > 0  # equal after log1p up to rounding: nothing to learn from
     return GeneFeatures(counts.shape[1], config.target_sum, genes[keep], scale[keep])
 

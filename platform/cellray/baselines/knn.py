@@ -23,7 +23,6 @@ from cellray.baselines.base import BaselineUnit, check_training
 __all__ = ["BASELINE", "KnnConfig"]
 
 F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 
@@ -63,12 +62,14 @@ class _Knn:
 def _vote(labels: I64) -> I64:
     """(N, k) neighbours' codes, nearest first -> (N,) winners."""
     num, k = labels.shape
-    votes: F64 = np.zeros((num, int(labels.max()) + 1), dtype=np.float64)
-    rows = np.repeat(np.arange(num), k)
-    # one vote each; the nearness terms sum to less than 1, so they decide between ties only
-    nearness = 0.5 ** np.arange(2, k + 2)
-    np.add.at(votes, (rows, labels.ravel()), 1.0 + np.tile(nearness, num))
-    return np.asarray(votes.argmax(axis=1), dtype=np.int64)
+    shape = (num, int(labels.max()) + 1)
+    where = (np.repeat(np.arange(num), k), labels.ravel())
+    votes = np.zeros(shape, dtype=np.int64)
+    np.add.at(votes, where, 1)
+    nearest = np.full(shape, k, dtype=np.int64)
+    np.minimum.at(nearest, where, np.tile(np.arange(k), num))
+    # one vote more outweighs any nearness, which therefore decides between ties only
+    return np.asarray((votes * (k + 1) - nearest).argmax(axis=1), dtype=np.int64)
 
 
 def _fit(config: KnnConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Knn:

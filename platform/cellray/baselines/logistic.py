@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,15 @@ class LogisticConfig(FeatureConfig):
     """Keys of the regression.
 
     Attributes:
-        strengths: values of C (inverse L2 penalty, summed loss) to choose from.
+        strengths: values of C (inverse L2 penalty, summed loss), above 0, to choose from.
         folds: inner folds the choice is made on; fewer than 2 takes the first strength unchecked.
         max_iterations: of the solver, per fit.
     """
 
     name: str = "logistic"
-    strengths: list[float] = Field(default=[0.01, 0.1, 1.0, 10.0], min_length=1)
+    strengths: list[Annotated[float, Field(gt=0)]] = Field(
+        default=[0.01, 0.1, 1.0, 10.0], min_length=1
+    )
     folds: int = Field(default=3, ge=0)
     max_iterations: int = Field(default=200, ge=1)
 

@@ -57,12 +57,15 @@ def summarise(values: Sequence[float], *, spread: bool = True) -> Summary:
     return Summary(num, mean, sd, mean - half, mean + half)
 
 
-def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Summary:
+def paired_difference(
+    first: Mapping[int, float], second: Mapping[int, float], *, spread: bool = True
+) -> Summary:
     """``first - second`` over the seeds both have.
 
     Args:
         first: seed -> value.
         second: seed -> value, on the same split.
+        spread: False if no seed changes either method.
 
     Raises:
         DataError: no seed in common.
@@ -73,4 +76,4 @@ def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -
             f"no seed in common to pair: {sorted(first)} and {sorted(second)}; run both methods "
             "with the same seeds"
         )
-    return summarise([first[seed] - second[seed] for seed in common])
+    return summarise([first[seed] - second[seed] for seed in common], spread=spread)

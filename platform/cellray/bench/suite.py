@@ -317,7 +317,9 @@ def _run_method(setting: Setting, method: str, run: FinetuneRun, say: Say) -> No
         model = load(result.trained.model_dir)
         predicted = predict_labels(model, prepared, setting.split.test)
     except (CellrayError, RuntimeError, OSError) as error:
-        _record(setting, template, None, say, params=params, error=_short(error))
+        begun = RunDirectory(run.checkpoint.dir, run.name).read("mlflow.json")
+        child = Tracker(begun["uri"], begun["run_id"]) if begun else None
+        _record(setting, template, None, say, params=params, error=_short(error), tracker=child)
         return
     child = None
     if setting.tracker is not None and result.trained.mlflow_run_id:

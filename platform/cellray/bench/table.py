@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import pandas as pd
 
 from cellray.bench.stats import Summary, paired_difference, summarise
-from cellray.core.errors import DataError
+from cellray.core.errors import DataError, did_you_mean
 from cellray.metrics.classification import METRICS
 
 __all__ = [
@@ -208,6 +208,13 @@ def _check_comparable(rows: Sequence[ResultRow]) -> None:
                 " give each run once"
             )
         seen.add(key)
+    good = {(row.method, row.seed) for row in rows if row.status == "ok"}
+    for row in rows:
+        if row.status != "ok" and (row.method, row.seed) in good:
+            raise DataError(
+                f"method '{row.method}', seed {row.seed}, is {row.status} and has values too; give "
+                "each run once"
+            )
 
 
 def _check_compulsory(rows: Sequence[ResultRow], compulsory: Sequence[str]) -> None:
@@ -311,7 +318,9 @@ def _delta(method: _Method, best: _Method | None, headline: str) -> Summary:
     ours, theirs = method.values(headline), best.values(headline)
     if not best.varies and theirs:
         theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    return paired_difference(ours, theirs) if set(ours) & set(theirs) else none
+    if not set(ours) & set(theirs):
+        return none
+    return paired_difference(ours, theirs, spread=method.varies or best.varies)
 
 
 def _group(rows: Iterable[ResultRow]) -> list[_Method]:
@@ -344,7 +353,7 @@ def leaderboard(
 
     Raises:
         DataError: a compulsory baseline is missing, rows are not comparable or given twice, a
-            method that no seed changes varies, or no row has the headline.
+            method that no seed changes varies, or no row has the headline or a metric asked for.
     """
     measured = [row for row in rows if row.provenance != "reported"]
     _check_compulsory(measured, compulsory)
@@ -354,6 +363,13 @@ def leaderboard(
     )
     if headline not in found:
         raise DataError(f"no row has the metric '{headline}'; there are: {', '.join(found)}")
+    there = dict.fromkeys(r.metric_id for r in rows if r.metric_id)  # counts too
+    for name in metrics or ():
+        if name not in there:
+            raise DataError(
+                f"no row has the metric '{name}'.{did_you_mean(name, there)} There are: "
+                f"{', '.join(there)}"
+            )
     shown = list(metrics or found)
     methods = _group(measured)
     lower = any(r.higher_is_better is False for r in rows if r.metric_id == headline)

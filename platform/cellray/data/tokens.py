@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cellray.core import registry
-from cellray.core.blocks import TokenBlock
+from cellray.core.blocks import CellBlock, TokenBlock
 from cellray.core.draw import Draw
 from cellray.core.section import build_section
 from cellray.data.soma import Store
 from cellray.data.vocab import Vocab
 from cellray.tokenizers.base import Tokenizer, TokenizerUnit
 
-__all__ = ["TokenSource", "make_tokenizer", "tokenizer_unit"]
+__all__ = ["TokenSource", "make_tokenizer", "tokenise_content", "tokenizer_unit"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -32,6 +32,16 @@ def make_tokenizer(config: Mapping[str, Any], vocab: Vocab) -> Tokenizer:
     """Build the tokenizer that ``config["name"]`` names."""
     unit = tokenizer_unit(config["name"])
     return unit.build(build_section(unit.config, config), vocab)
+
+
+def tokenise_content(tokenizer: Tokenizer, block: CellBlock) -> TokenBlock:
+    """Tokenise for inference: a cell's tokens depend on its counts alone, not on where it lies.
+
+    Draws (ties between bins, samples of long cells) are keyed by the gene only, so that a cell
+    gives the same tokens in a store, in an AnnData and in any company.
+    """
+    alike = replace(block, joinids=np.zeros_like(block.joinids))
+    return replace(tokenizer(alike, Draw(0)), joinids=block.joinids)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy import sparse
 
 from cellray.core.blocks import CellBlock, row_ids
 from cellray.core.errors import DataError
@@ -29,10 +30,12 @@ _BINS = 20
 class GeneMoments:
     """Sums over cells, per gene; ``a + b`` merges two groups of cells.
 
+    Attributes:
+        num_cells: N.
+
     Shapes:
         total, square: (G,) float64 sums of the normalised counts and of their squares.
-        detected: (G,) int64 cells with a count.
-        num_cells: N.
+        detected: (G,) int64 cells with a count above 0.
     """
 
     total: F64
@@ -42,15 +45,38 @@ class GeneMoments:
 
     @classmethod
     def of_block(cls, block: CellBlock, num_genes: int, *, target_sum: float = 1e4) -> GeneMoments:
-        """Moments of a block over a vocabulary of ``num_genes``; library sizes are the block's."""
-        sizes = block.library_sizes.astype(np.float64)
+        """Moments of a block over a vocabulary of ``num_genes``; library sizes are the block's.
+
+        Args:
+            block: N cells.
+            num_genes: G.
+            target_sum: counts each cell is scaled to; a cell without counts stays zero.
+        """
+        shape = (len(block), num_genes)
+        counts = sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape)
+        return cls._of(counts, block.library_sizes.astype(np.float64), target_sum)
+
+    @classmethod
+    def of_counts(cls, counts: sparse.csr_matrix, *, target_sum: float = 1e4) -> GeneMoments:
+        """Moments of a matrix of raw counts; a library size is the sum of a row.
+
+        Args:
+            counts: (N, G), every entry given once.
+            target_sum: counts each cell is scaled to; a cell without counts stays zero.
+        """
+        sizes = np.asarray(counts.sum(axis=1, dtype=np.float64), dtype=np.float64).ravel()
+        return cls._of(counts, sizes, target_sum)
+
+    @classmethod
+    def _of(cls, counts: sparse.csr_matrix, sizes: F64, target_sum: float) -> GeneMoments:
         factor = np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
-        values: F64 = block.counts.astype(np.float64) * factor[row_ids(block.indptr)]
+        values: F64 = counts.data.astype(np.float64) * factor[row_ids(counts.indptr)]
+        genes, num_genes = counts.indices, counts.shape[1]
         return cls(
-            total=_sums(block, values, num_genes),
-            square=_sums(block, values**2, num_genes),
-            detected=np.bincount(block.genes, minlength=num_genes).astype(np.int64),
-            num_cells=len(block),
+            total=np.bincount(genes, weights=values, minlength=num_genes),
+            square=np.bincount(genes, weights=values**2, minlength=num_genes),
+            detected=np.bincount(genes[counts.data > 0], minlength=num_genes).astype(np.int64),
+            num_cells=counts.shape[0],
         )
 
     def __add__(self, other: GeneMoments) -> GeneMoments:
@@ -60,10 +86,6 @@ class GeneMoments:
             self.detected + other.detected,
             self.num_cells + other.num_cells,
         )
-
-
-def _sums(block: CellBlock, values: F64, num_genes: int) -> F64:
-    return np.bincount(block.genes, weights=values, minlength=num_genes).astype(np.float64)
 
 
 def _standardised(dispersion: F64, mean: F64) -> F64:

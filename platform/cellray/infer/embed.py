@@ -15,7 +15,7 @@ import pandas as pd
 
 from cellray.core.errors import DataError
 from cellray.data.stats import check_coverage, coverage
-from cellray.data.tokens import TokenSource
+from cellray.data.tokens import TokenSource, tokenise_content
 from cellray.infer.load import LoadedModel, load
 from cellray.train.prepare import Cells, encode, gene_map, select_cells
 
@@ -96,7 +96,8 @@ def embed_cells(
     work = model.classify_tokens if classify else model.embed_tokens
     for start in range(0, len(joinids), _BLOCK_CELLS):
         part = joinids[start : start + _BLOCK_CELLS]
-        tokens = source.tokens(part, epoch=0, tokenizer=model.tokenizer)
+        block = source.store.read_block(part, source.gene_map)
+        tokens = tokenise_content(model.tokenizer, block)
         parts.append(work(tokens, cells_micro=cells_micro, covariates=source.covariates(part)))
         done = start + len(part)
         rate = done / (time.perf_counter() - started)

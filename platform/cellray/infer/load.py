@@ -17,10 +17,9 @@ import torch
 
 from cellray.core.batch import CellBatch
 from cellray.core.blocks import CellBlock, TokenBlock
-from cellray.core.draw import Draw
 from cellray.core.errors import CheckpointError, DataError
 from cellray.data.collate import collate_tokens
-from cellray.data.tokens import make_tokenizer
+from cellray.data.tokens import make_tokenizer, tokenise_content
 from cellray.data.vocab import Vocab
 from cellray.models.base import CellClassifier, CellModel, EmbedsCells
 from cellray.tokenizers.base import Tokenizer
@@ -189,7 +188,7 @@ class LoadedModel:
 
     def tokens(self, adata: ad.AnnData, *, layer: str | None = None) -> TokenBlock:
         """Tokenise the cells of an AnnData."""
-        return self.tokenizer(block_of(adata, self.vocab, layer=layer), Draw(0))
+        return tokenise_content(self.tokenizer, block_of(adata, self.vocab, layer=layer))
 
     def embed(self, adata: ad.AnnData, *, layer: str | None = None) -> F32:
         """Zero-shot cell embeddings, (N, D)."""

@@ -49,7 +49,8 @@ class Annotator(PythonModel):  # type: ignore[misc]
         """Load the checkpoint that was logged with the model."""
         self._model = load(context.artifacts["checkpoint"])
 
-    def predict(self, context: Any, model_input: Any, params: Any = None) -> pd.DataFrame:
+    # without type hints: MLflow would take them for a schema of lists
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Annotate cells; see :func:`as_anndata` for what is taken."""
         return self._model.annotate(as_anndata(model_input))
 

@@ -86,11 +86,19 @@ class ClassScores:
     predicted: I64
 
 
+def _is_missing(value: object) -> bool:
+    """None, NaN of any width, NaT or pandas' NA: whatever does not equal itself."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # NA answers neither yes nor no
+        return True
+
+
 def _texts(values: Labels, what: str) -> npt.NDArray[np.object_]:
     array = np.asarray(values, dtype=object)
     if array.ndim != 1:
         raise DataError(f"{what} labels have shape {array.shape}; give one label per cell")
-    missing = np.array([v is None or (isinstance(v, float) and v != v) for v in array], dtype=bool)
+    missing = np.array([_is_missing(v) for v in array], dtype=bool)
     if missing.any():
         raise DataError(
             f"{int(missing.sum())} of {len(array)} {what} labels are missing; drop those cells "

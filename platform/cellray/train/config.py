@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -90,15 +90,22 @@ class EngineSection(Section):
 
     Attributes:
         name: ``deepspeed``, or ``torch`` (plain AdamW, gradients all-reduced).
-        zero_stage: DeepSpeed ZeRO stage, 0 to 3; ``torch`` has stage 0 only.
+        zero_stage: DeepSpeed ZeRO stage, 0 to 3; ``torch`` has stage 0 only, its default.
     """
 
     name: Literal["deepspeed", "torch"] = "deepspeed"
     zero_stage: int = Field(default=1, ge=0, le=3)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stage_of_torch(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("name") == "torch":
+            return {"zero_stage": 0, **raw}
+        return raw
+
     @model_validator(mode="after")
     def _torch_is_not_sharded(self) -> EngineSection:
-        if self.name == "torch" and "zero_stage" in self.model_fields_set and self.zero_stage:
+        if self.name == "torch" and self.zero_stage:
             raise ValueError(
                 f"engine.zero_stage = {self.zero_stage} needs engine.name = 'deepspeed'; the torch "
                 "engine keeps everything on every worker (zero_stage = 0)"

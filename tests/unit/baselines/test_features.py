@@ -1,0 +1,102 @@
+"""Shared features: normalisation and choice of genes by formula, components against SVD."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cells_for_baselines import made_cells
+from scipy import sparse
+
+from cellray.baselines._features import (
+    FeatureConfig,
+    fit_components,
+    fit_genes,
+    log_normalise,
+)
+from cellray.core.errors import DataError
+
+
+def chosen(counts: sparse.csr_matrix, *, num_genes: int, min_cells: int = 3) -> list[int]:
+    config = FeatureConfig(name="x", num_genes=num_genes, min_cells=min_cells)
+    return fit_genes(counts, config).genes.tolist()
+
+
+def test_log_normalise_golden() -> None:
+    counts = sparse.csr_matrix(np.array([[1, 3, 0], [0, 0, 0], [0, 0, 5]], dtype=np.float32))
+    expected = np.log1p([[2500, 7500, 0], [0, 0, 0], [0, 0, 10_000]])
+    np.testing.assert_allclose(log_normalise(counts).toarray(), expected, rtol=1e-12)
+    assert counts.toarray()[0].tolist() == [1, 3, 0]  # the input is left alone
+
+
+def test_variable_genes_are_those_that_differ_between_types() -> None:
+    counts, _ = made_cells(300, num_genes=1500)
+    genes = chosen(counts, num_genes=30)
+    assert genes == sorted(genes)
+    assert len(set(genes) & set(range(30))) >= 24
+
+
+def test_gene_choice_is_a_slow_obvious_reference() -> None:
+    counts, _ = made_cells(90, num_genes=60)
+    dense = counts.toarray().astype(np.float64)
+    scaled = dense / dense.sum(axis=1, keepdims=True) * 1e4
+    mean, variance = scaled.mean(axis=0), scaled.var(axis=0, ddof=1)
+    usable = [g for g in range(60) if (dense[:, g] > 0).sum() >= 3 and variance[g] > 0]
+    ratio = np.log(variance[usable] / mean[usable])
+    edges = np.quantile(mean[usable], np.arange(1, 20) / 20)
+    bins = np.array([sum(m >= e for e in edges) for m in mean[usable]])
+    score = np.zeros(len(usable))
+    for b in set(bins.tolist()):
+        inside = bins == b
+        centre = np.median(ratio[inside])
+        mad = np.median(np.abs(ratio[inside] - centre))
+        score[inside] = (ratio[inside] - centre) / (mad if mad > 0 else 1)
+    best = sorted(range(len(usable)), key=lambda i: (-score[i], i))[:20]
+    expected = sorted(usable[i] for i in best)
+    assert chosen(counts, num_genes=20) == expected
+
+
+def test_rare_genes_are_no_candidates() -> None:
+    counts = np.ones((20, 4), dtype=np.float32)
+    counts[:10, 0] = 5
+    counts[:, 1] = 0
+    counts[:2, 1] = 50  # in two cells only
+    genes = chosen(sparse.csr_matrix(counts), num_genes=4, min_cells=3)
+    assert 1 not in genes
+    assert 0 in genes
+
+
+def test_scaled_genes_have_unit_deviation_and_are_clipped() -> None:
+    counts, _ = made_cells()
+    features = fit_genes(counts, FeatureConfig(name="x", num_genes=25))
+    scaled = features.apply(counts)
+    assert scaled.shape == (150, 25)
+    assert scaled.dtype == np.float32
+    assert scaled.max() <= 10
+    inside = scaled.toarray().max(axis=0) < 10
+    np.testing.assert_allclose(scaled.toarray().std(axis=0, ddof=1)[inside], 1, rtol=1e-4)
+
+
+def test_components_agree_with_a_singular_value_decomposition() -> None:
+    counts, _ = made_cells()
+    scaled = fit_genes(counts, FeatureConfig(name="x", num_genes=30)).apply(counts)
+    found = fit_components(scaled, 5)
+    dense = scaled.toarray().astype(np.float64)
+    left, values, _ = np.linalg.svd(dense - dense.mean(axis=0), full_matrices=False)
+    np.testing.assert_allclose(found.variance, values[:5] ** 2 / 149, rtol=1e-6)
+    coords = found.apply(scaled)
+    assert coords.shape == (150, 5)
+    np.testing.assert_allclose(np.abs(coords), np.abs(left[:, :5] * values[:5]), atol=1e-4)
+    largest = np.abs(found.axes).argmax(axis=0)
+    assert (found.axes[largest, np.arange(5)] > 0).all()
+
+
+def test_components_are_at_most_what_the_cells_span() -> None:
+    counts, _ = made_cells(4)
+    scaled = fit_genes(counts, FeatureConfig(name="x", num_genes=30, min_cells=1)).apply(counts)
+    assert fit_components(scaled, 50).axes.shape[1] == 3
+
+
+def test_nothing_varies() -> None:
+    same = sparse.csr_matrix(np.ones((5, 3), dtype=np.float32))
+    with pytest.raises(DataError, match="no gene varies among the 5 training cells"):
+        chosen(same, num_genes=2)
