@@ -9,7 +9,6 @@ from cellray.cli import say
 from cellray.core.errors import CellrayError
 from cellray.runs import load_run, run_job
 
-CONFIGS = Path("jobs/configs")
 STEPS = [
     ("ingest", "demo.toml"),
     ("pretrain", "demo_scgpt.toml"),
@@ -25,7 +24,7 @@ if __name__ == "__main__":
             if job == "ingest" and Path("runs/demo/store").is_dir():
                 continue  # a second demo starts from the store it has
             say(f"== {job} {file}")
-            result = run_job(load_run(job, CONFIGS / job / file), say)
+            result = run_job(load_run(job, f"jobs/configs/{job}/{file}"), say)
         say("\n".join([*result.lines(), f"done in {time.monotonic() - started:.0f} s"]))
     except CellrayError as error:
         sys.exit(f"cellray: {error}")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -115,8 +116,7 @@ def _texts(labels: Labels, num: int, title: str) -> npt.NDArray[np.str_]:
     values = np.asarray(labels, dtype=object)
     if values.shape != (num,):
         raise DataError(f"'{title}' has {len(values)} labels but there are {num} cells")
-    missing = [v is None or v != v for v in values]
-    return np.where(missing, _MISSING, values.astype(str)).astype(str)
+    return np.where(pd.isna(values), _MISSING, values.astype(str)).astype(str)
 
 
 def _colouring(texts: npt.NDArray[np.str_], earlier: Sequence[_Colouring]) -> _Colouring:
@@ -243,11 +243,15 @@ def plot_umap(
         ``path``.
 
     Raises:
-        DataError: not two columns, nothing to colour by, or labels of another length.
+        DataError: not two columns, a value that is not finite, nothing to colour by, or labels of
+            another length.
     """
     points = np.asarray(coords, dtype=np.float64)
     if points.ndim != 2 or points.shape[1] != 2 or not len(points):
         raise DataError(f"a picture needs (N, 2) coordinates; these are {points.shape}")
+    if not np.isfinite(points).all():
+        bad = int((~np.isfinite(points)).any(axis=1).sum())
+        raise DataError(f"the coordinates of {bad} of {len(points)} cells are not finite")
     if not colours:
         raise DataError("nothing to colour the picture by; give at least one column of labels")
     panels: list[_Colouring] = []

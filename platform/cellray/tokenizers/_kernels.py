@@ -332,18 +332,14 @@ def bin_cells(
 
     Args:
         indptr: (N+1,) int64 offsets of the cells.
-        genes: (Z,) int32 vocabulary ids.
-        counts: (Z,) float32, > 0.
+        genes, counts: (Z,) int32 vocabulary ids and float32 counts > 0.
         levels: (Q,) float64 quantile levels, ascending from 0 to 1.
-        gene_tokens: (G,) int32.
-        token_hashes: (G,) uint64, splitmix64 of each gene's token id.
-        bin_keys: (N,) uint64 cell keys of the tie draws.
-        sample_keys: (N,) uint64 cell keys of the gene sample.
+        gene_tokens, token_hashes: (G,) int32 and uint64, splitmix64 of each gene's token id.
+        bin_keys, sample_keys: (N,) uint64 cell keys of the tie draws and of the gene sample.
         out_indptr: (N+1,) int64 offsets of the output.
         first: where a cell's genes begin after its output offset.
         kept: (N,) int64 genes to write per cell.
-        tokens: (T,) int32, written.
-        values: (T,) float32 bins 1..Q, written.
+        tokens, values: (T,) int32 and float32 bins 1..Q, written.
     """
     longest = _longest(indptr)
     small = np.empty(longest, np.int32)

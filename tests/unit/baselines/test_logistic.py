@@ -18,7 +18,7 @@ def small(**over: object) -> LogisticConfig:
 def test_the_seed_deals_the_inner_folds_and_nothing_else() -> None:
     """Genes and scale never move; the coefficients are a function of the chosen strength alone."""
     counts, labels = made_cells(90, seed=2)
-    labels[::7] = (labels[::7] + 1) % 3  # some are wrong, so that the choice is not plain
+    labels[::2] = (labels[::2] + 1) % 3  # half are wrong, so that the choice is not plain
     fits = [BASELINE.fit(small(), counts, labels, seed) for seed in range(6)]
     folds = {inner_folds(labels, folds=3, seed=seed).tobytes() for seed in range(6)}
     assert len(folds) == 6
@@ -29,6 +29,7 @@ def test_the_seed_deals_the_inner_folds_and_nothing_else() -> None:
         first = by_strength.setdefault(fit.strength, fit.model.coef_)
         np.testing.assert_array_equal(fit.model.coef_, first)
     assert set(by_strength) <= set(small().strengths)
+    assert len(by_strength) >= 2
 
 
 @pytest.mark.parametrize("over", [{"folds": 0}, {"strengths": [0.5]}])
@@ -41,13 +42,12 @@ def test_without_a_choice_to_make_no_seed_changes_anything(over: dict[str, objec
 
 def test_noise_wants_a_strong_penalty_and_signal_a_weaker_one() -> None:
     counts, labels = made_cells(120)
-    noise = np.random.default_rng(0).permutation(labels)
+    noise = np.random.default_rng(2).permutation(labels)
     chosen = [
         BASELINE.fit(small(strengths=[1e-4, 1.0]), counts, target, 0).strength
         for target in (noise, labels)
     ]
-    assert chosen[1] == 1.0 or chosen[0] == 1e-4
-    assert chosen[0] <= chosen[1]
+    assert chosen == [1e-4, 1.0]
 
 
 def test_a_class_of_fewer_cells_than_folds_misses_some() -> None:

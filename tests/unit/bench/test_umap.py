@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 from matplotlib.image import imread
 
@@ -101,6 +102,26 @@ def test_classes_are_coloured_by_size_with_missing_values_grey() -> None:
     assert panel.num_coloured == 3
 
 
+@pytest.mark.parametrize("missing", [None, float("nan"), np.float32("nan"), pd.NA, pd.NaT])
+def test_every_kind_of_missing_value_is_one_class(missing: object) -> None:
+    panel = umap._colouring(umap._texts(["a", missing, "a"], 3, "x"), [])  # type: ignore[list-item]
+    assert panel.names == ["a", "no value"]
+
+
+@pytest.mark.parametrize("kind", ["few", "all alike", "islands"])
+def test_odd_embeddings_are_laid_out_without_a_warning(kind: str) -> None:
+    """Warnings are errors here: a start that UMAP cannot compute must not stop a benchmark."""
+    rng = np.random.default_rng(0)
+    vectors = {
+        "few": rng.normal(size=(4, 3)),
+        "all alike": np.ones((40, 5)),
+        "islands": rng.normal(size=(90, 5)) + 1e4 * (np.arange(90) % 3)[:, None],
+    }[kind]
+    found = umap_embedding(vectors, seed=0)
+    assert found.shape == (len(vectors), 2)
+    assert np.isfinite(found).all()
+
+
 def test_a_panel_of_predictions_shares_the_colours_of_the_truth() -> None:
     truth = umap._colouring(texts(["a", "a", "b", "c"]), [])
     predicted = umap._colouring(texts(["c", "c", "b", None]), [truth])
@@ -151,6 +172,7 @@ def test_the_same_picture_twice_is_the_same_file(tmp_path: Path) -> None:
     ("coords", "colours", "message"),
     [
         (np.zeros((5, 3)), {"x": ["a"] * 5}, r"needs \(N, 2\) coordinates; these are \(5, 3\)"),
+        (np.array([[0, np.nan], [1, 1]]), {"x": ["a"] * 2}, "of 1 of 2 cells are not finite"),
         (np.zeros((5, 2)), {}, "nothing to colour the picture by"),
         (np.zeros((5, 2)), {"type": ["a"] * 4}, "'type' has 4 labels but there are 5 cells"),
     ],

@@ -14,6 +14,7 @@ def test_without_a_gpu() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": "disabled",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_worker_maximum_startup_concurrency": "16",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "DS_ACCELERATOR": "cpu",
     }

@@ -88,6 +88,35 @@ def test_appended_cells_move_no_old_cell() -> None:
     assert set(before.validation) == set(after.validation) & set(old["soma_joinid"])
 
 
+def test_appended_cells_move_no_old_cell_of_a_split_by_cell() -> None:
+    settings = {"column": "", "test_values": [], "test_fraction": 0.3}
+    old, new = make_obs(200), make_obs(500)
+    before, after = split_of(old, **settings), split_of(new, **settings)
+    for part in ("train", "validation", "test"):
+        known = set(getattr(after, part)) & set(old["soma_joinid"])
+        assert known == set(getattr(before, part)), part
+
+
+@pytest.mark.parametrize("added", [1, 3, 8])
+def test_added_donors_move_at_most_as_many_old_ones(added: int) -> None:
+    """A share of donors is held out by rank of their hash: a new one can push one old one out."""
+    names = [f"donor{i}" for i in range(30 + added)]
+    obs = pd.DataFrame(
+        {
+            "soma_joinid": np.arange(8 * len(names)),
+            "cell_type": ["alpha", "beta"] * (4 * len(names)),
+            "donor_id": np.repeat(names, 8),
+        }
+    )
+    settings = {"test_values": [], "test_fraction": 0.4}
+    held_out = []
+    for table in (obs[: 8 * 30], obs):
+        test = split_of(table, **settings).test
+        held_out.append(set(obs["donor_id"].to_numpy()[test]) & set(names[:30]))
+    assert len(held_out[0]) == 12
+    assert len(held_out[0] ^ held_out[1]) <= added
+
+
 def test_digest_is_of_the_sorted_test_ids() -> None:
     split = split_of(make_obs())
     expected = hashlib.sha256(np.sort(split.test).astype("<i8").tobytes()).hexdigest()

@@ -1,0 +1,100 @@
+"""The README's commands exist and do what it says; the two commands are in the Makefile."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cellray.core.section import read_toml
+from cellray.runs import JOBS, load_run
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [line.split("#")[0].strip() for block in BLOCKS for line in block.splitlines()]
+COMMANDS = [line for line in COMMANDS if line]
+CELLRAY = [shlex.split(line)[1:] for line in COMMANDS if line.startswith("cellray ")]
+
+
+def cellray(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cellray.cli", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_readme_names_every_command():
+    assert {words[0] for words in CELLRAY} == {*JOBS, "submit", "show", "doctor"}
+
+
+@pytest.mark.parametrize("words", [w for w in CELLRAY if w[0] in JOBS], ids=" ".join)
+def test_every_job_in_the_readme_has_a_valid_configuration(words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    overrides = [w for w in words[2:] if "=" in w]
+    run = load_run(words[0], words[1], overrides)
+    assert run.name
+
+
+def test_every_shipped_configuration_is_valid(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    files = sorted((ROOT / "jobs" / "configs").rglob("*.toml"))
+    assert len(files) >= 8
+    for file in files:
+        assert load_run(file.parent.name, file).name
+
+
+def test_make_has_the_two_commands_and_ci_calls_one_of_them():
+    makefile = (ROOT / "Makefile").read_text()
+    for line in COMMANDS:
+        if line.startswith("make "):
+            assert re.search(rf"^{line.split()[1]}:", makefile, flags=re.MULTILINE), line
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_ingest_check_show_and_doctor_run_as_the_readme_says(tmp_path):
+    """From a folder that holds what the configurations name, as a stranger would."""
+    for name in ("jobs", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = cellray(*CELLRAY[0], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "store: " in done.stdout
+    assert "2161 cells" in done.stdout
+    check = next(w for w in CELLRAY if "--check" in w)
+    done = cellray(*check, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "steps: 120" in done.stdout
+    assert "memory: about" in done.stdout
+    show = next(w for w in CELLRAY if w[0] == "show")
+    done = cellray(*show, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "cells: 2161" in done.stdout
+    assert not (tmp_path / "runs" / "demo" / "pretrain-scgpt").exists()
+    again = cellray(*CELLRAY[0], cwd=tmp_path)
+    assert again.returncode == 1
+    assert "ingest.append = false" in again.stderr
+    doctor = cellray("doctor", cwd=tmp_path)
+    assert "python" in doctor.stdout.lower()
+
+
+def test_errors_are_one_line_and_exit_with_1(tmp_path):
+    done = cellray("pretrain", "jobs/configs/pretrain/demo_scgp.toml")
+    assert done.returncode == 1
+    assert "Did you mean 'demo_scgpt.toml'" in done.stderr
+    assert "Traceback" not in done.stderr
+    done = cellray("pretrain", "jobs/configs/pretrain/demo_scgpt.toml", "optm.lr=1")
+    assert done.returncode == 1
+    assert "unknown key 'optm'. Did you mean 'optim'?" in done.stderr
+    done = cellray("show", str(tmp_path / "nothing"))
+    assert done.returncode == 1
+    assert "nothing at" in done.stderr
+
+
+def test_the_demo_table_in_the_readme_has_all_rows():
+    methods = read_toml(ROOT / "jobs" / "configs" / "benchmark" / "demo.toml")
+    for name in [*methods["methods"], *methods["baselines"]]:
+        assert re.search(rf"^{name}\s+3\s+0\.\d\d\d", README, flags=re.MULTILINE), name
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
