@@ -38,7 +38,7 @@ def draw_umap(
     predictions: Mapping[int, str],
     title: str,
     path: Path,
-) -> str:
+) -> Path:
     """Embed labelled cells with a model and draw them by label, split and prediction.
 
     Args:
@@ -67,4 +67,4 @@ def draw_umap(
         "predicted (test cells)": [predictions.get(int(j)) for j in joinids],
     }
     plot_umap(coords, colours=colours, path=path, title=title)
-    return str(path)
+    return path

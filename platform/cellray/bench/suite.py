@@ -25,6 +25,7 @@ from scipy import sparse
 from cellray.baselines.base import baseline
 from cellray.bench.pictures import draw_umap
 from cellray.bench.render import render_markdown, render_terminal
+from cellray.bench.report import plot_confusion, write_report
 from cellray.bench.table import ResultRow, failed_rows, leaderboard, rows_of, to_frame
 from cellray.core.errors import CellrayError, ConfigError
 from cellray.core.section import apply_overrides, flatten, merge, read_toml, to_dict
@@ -59,6 +60,7 @@ class BenchmarkResult:
         table: the leaderboard, one row a method.
         text: the same for a terminal.
         umap_path: picture of the best model's cell embedding.
+        report_path: self-contained HTML page with the table and the pictures.
         models: method -> exported model of its first seed.
         open_command: opens the MLflow pages.
         mlflow_run_id: the parent run, "" if tracking is off.
@@ -67,6 +69,7 @@ class BenchmarkResult:
     table: pd.DataFrame
     text: str
     umap_path: str
+    report_path: str
     models: Mapping[str, str]
     open_command: str
     mlflow_run_id: str = ""
@@ -76,6 +79,7 @@ class BenchmarkResult:
         told = ["", self.text, ""]
         told += [f"checkpoint ({name}): {path}" for name, path in self.models.items()]
         told += [f"UMAP picture: {self.umap_path}"] if self.umap_path else []
+        told.append(f"report: {self.report_path}")
         return told + ([f"MLflow: {self.open_command}"] if self.open_command else [])
 
 
@@ -419,14 +423,20 @@ def _parent(run: BenchmarkRun, directory: RunDirectory, uri: str) -> Tracker:
     return tracker
 
 
-def _umap(setting: Setting, models: Mapping[str, str], board: pd.DataFrame) -> str:
-    """The picture of the best model's embedding; "" without a model."""
+def _pictures(setting: Setting, models: Mapping[str, str], board: pd.DataFrame) -> dict[str, Path]:
+    """The best model's embedding and confusion matrix; nothing without a model."""
     best = next((m for m in board["method"] if m in models), None)
     if best is None:
-        return ""
+        return {}
     seed = setting.run.seeds[0]
     kept = pd.read_csv(_kept(setting, best, seed).with_suffix(".csv"))
-    return draw_umap(
+    confusion = plot_confusion(
+        setting.truth,
+        kept["predicted"].astype(str).to_numpy(),
+        path=setting.directory / "confusion.png",
+        title=f"{best}, seed {seed}: test cells",
+    )
+    umap = draw_umap(
         models[best],
         setting.cells,
         setting.split,
@@ -434,6 +444,28 @@ def _umap(setting: Setting, models: Mapping[str, str], board: pd.DataFrame) -> s
         predictions=dict(zip(kept["joinid"], kept["predicted"].astype(str), strict=True)),
         title=f"{best}, seed {seed}: cell embedding after fine-tuning",
         path=setting.directory / "umap.png",
+    )
+    return {"cell embedding": umap, "confusion matrix": confusion}
+
+
+def _report(setting: Setting, board: pd.DataFrame, pictures: Mapping[str, Path]) -> Path:
+    """The page with table, facts and pictures."""
+    template = setting.template
+    facts = {
+        "task": template.task,
+        "data": f"{setting.run.data.uri} ({template.n_cells} cells, {template.n_genes} genes)",
+        "data SHA-256": template.dataset_sha256,
+        "held out": f"{template.split_unit} ({template.n_test} test cells)",
+        "split SHA-256": template.split_sha256,
+        "code": template.git_commit,
+    }
+    return write_report(
+        setting.directory / "report.html",
+        title=f"{setting.run.name}: {template.task}",
+        board=board,
+        facts=facts,
+        pictures=pictures,
+        warnings=setting.split.warnings,
     )
 
 
@@ -443,7 +475,8 @@ def _conclude(setting: Setting, models: Mapping[str, str], uri: str) -> Benchmar
     board = leaderboard(rows, headline=setting.unit.headline, compulsory=setting.unit.compulsory)
     text = render_terminal(board)
     folder = setting.directory
-    umap_path = _umap(setting, models, board)
+    pictures = _pictures(setting, models, board)
+    report = _report(setting, board, pictures)
     (folder / "leaderboard.md").write_text(render_markdown(board) + "\n")
     board.to_csv(folder / "leaderboard.csv", index=False)
     if setting.tracker is not None:
@@ -451,12 +484,13 @@ def _conclude(setting: Setting, models: Mapping[str, str], uri: str) -> Benchmar
         tracker.table(to_frame(rows), "tables/results_long.json")
         tracker.table(board, "tables/leaderboard.json")
         tracker.note(render_markdown(board))
-        if umap_path:
-            tracker.artifact(umap_path, "pictures")
+        for path in (*pictures.values(), report):
+            tracker.artifact(path, "report")
     return BenchmarkResult(
         table=board,
         text=text,
-        umap_path=umap_path,
+        umap_path=str(pictures.get("cell embedding", "")),
+        report_path=str(report),
         models=models,
         open_command=open_command(uri) if setting.tracker else "",
         mlflow_run_id=setting.tracker.run_id if setting.tracker else "",

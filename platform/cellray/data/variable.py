@@ -72,9 +72,13 @@ class GeneMoments:
         factor = np.divide(target_sum, sizes, out=np.zeros_like(sizes), where=sizes > 0)
         values: F64 = counts.data.astype(np.float64) * factor[row_ids(counts.indptr)]
         genes, num_genes = counts.indices, counts.shape[1]
+
+        def sums(of: F64) -> F64:
+            return np.bincount(genes, weights=of, minlength=num_genes).astype(np.float64)
+
         return cls(
-            total=np.bincount(genes, weights=values, minlength=num_genes),
-            square=np.bincount(genes, weights=values**2, minlength=num_genes),
+            total=sums(values),
+            square=sums(values**2),
             detected=np.bincount(genes[counts.data > 0], minlength=num_genes).astype(np.int64),
             num_cells=counts.shape[0],
         )

@@ -313,6 +313,15 @@ def _sample(hashes: Array, n: int, kept: int, chosen: Array, buckets: Array, nea
 
 
 @_kernel
+def _hash_genes(genes: Array, token_hashes: Array, key: Any, picked: Array, hashes: Array) -> None:
+    """Hashes of a cell's genes under one key; two loops, so that the second is vectorised."""
+    for i in range(len(genes)):
+        picked[i] = token_hashes[genes[i]]
+    for i in range(len(genes)):
+        hashes[i] = _mix(key ^ picked[i])
+
+
+@_kernel
 def bin_cells(
     indptr: Array,
     genes: Array,
@@ -332,14 +341,18 @@ def bin_cells(
 
     Args:
         indptr: (N+1,) int64 offsets of the cells.
-        genes, counts: (Z,) int32 vocabulary ids and float32 counts > 0.
+        genes: (Z,) int32 vocabulary ids.
+        counts: (Z,) float32, > 0.
         levels: (Q,) float64 quantile levels, ascending from 0 to 1.
-        gene_tokens, token_hashes: (G,) int32 and uint64, splitmix64 of each gene's token id.
-        bin_keys, sample_keys: (N,) uint64 cell keys of the tie draws and of the gene sample.
+        gene_tokens: (G,) int32.
+        token_hashes: (G,) uint64, splitmix64 of each gene's token id.
+        bin_keys: (N,) uint64 cell keys of the tie draws.
+        sample_keys: (N,) uint64 cell keys of the gene sample.
         out_indptr: (N+1,) int64 offsets of the output.
         first: where a cell's genes begin after its output offset.
         kept: (N,) int64 genes to write per cell.
-        tokens, values: (T,) int32 and float32 bins 1..Q, written.
+        tokens: (T,) int32, written.
+        values: (T,) float32 bins 1..Q, written.
     """
     longest = _longest(indptr)
     small = np.empty(longest, np.int32)
@@ -371,14 +384,10 @@ def bin_cells(
         _edges(n, histogram, num_others, others, ranked, levels, edges)
         _whole_bins(histogram, edges, lefts, spans)
         if kept[cell] < n:
-            for i in range(n):
-                picked[i] = token_hashes[genes[start + i]]
-            for i in range(n):
-                hashes[i] = _mix(sample_keys[cell] ^ picked[i])
+            _hash_genes(genes[start:stop], token_hashes, sample_keys[cell], picked, hashes)
             _sample(hashes, n, kept[cell], chosen, buckets, near)
         else:
-            for i in range(n):
-                chosen[i] = i
+            chosen[:n] = np.arange(n)
         # Hashes in a loop of their own: it compiles to vector instructions.
         for k in range(kept[cell]):
             picked[k] = token_hashes[genes[start + chosen[k]]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rows_by_hand import HEAD, baselines, row, runs
 
-from cellray.bench.render import legend, render_markdown, render_terminal, shortened
+from cellray.bench.render import legend, render_markdown, render_terminal, shortened, value_text
 from cellray.bench.table import failed_rows, leaderboard
 from cellray.core.errors import DataError
 
@@ -38,6 +38,27 @@ def test_failed_and_reported_lines() -> None:
     assert text[divider + 1].startswith("scGPT fine-tuned †")
     assert text[divider + 1].split()[3:] == ["-", "0.703", "10.1/x", "Table", "S1"]
     assert "±" not in text[divider + 1]
+
+
+def test_what_a_value_without_number_is_shown_as() -> None:
+    """Never 0: failed, skipped, or a dash where only this metric is not known."""
+    skipped = row("later", None, 0, status="skipped", metric_id="")
+    other = row("other", 0.7, metric_id="accuracy.v1")
+    half = [row("half", 0.5, 0), *failed_rows(row("half", 0.0, 1), "lost")]
+    rows = [*baselines(), *half, *failed_rows(row("dead", 0.0), "lost"), skipped, other]
+    board = leaderboard(rows).set_index("method", drop=False)
+    shown = {name: value_text(board.loc[name], HEAD).strip() for name in board.index}
+    assert shown == {
+        "logistic": "0.900 ± n/a",
+        "knn": "0.840 ± n/a",
+        "half": "0.500 ± n/a",
+        "majority": "0.030 ± n/a",
+        "dead": "failed",
+        "later": "skipped",
+        "other": "-",
+    }
+    assert "0.000" not in render_terminal(board)
+    assert "1 of 2 seeds failed: lost" in render_markdown(board)
 
 
 def test_long_errors_are_cut_in_the_terminal_only() -> None:
