@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -176,7 +176,7 @@ class BenchmarkRun(Run):
     data: DataSection
     methods: dict[str, str] = {}
     baselines: list[str] = ["majority", "logistic", "knn"]
-    seeds: list[int] = [0, 1, 2]
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
     overrides: list[str] = []
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()

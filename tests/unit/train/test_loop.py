@@ -1,0 +1,73 @@
+"""The loop's parts that need no Ray: prefetching and micro-batches."""
+
+import numpy as np
+import pytest
+
+from cellray.core.blocks import TokenBlock
+from cellray.train.loop import Collator, prefetch
+
+
+def test_prefetch_keeps_order_and_content():
+    assert list(prefetch(iter(range(50)), depth=3)) == list(range(50))
+    assert list(prefetch([])) == []
+
+
+def test_an_error_in_the_source_surfaces_after_what_came_before_it():
+    def items():
+        yield 1
+        yield 2
+        raise ValueError("the store went away")
+
+    seen = []
+    with pytest.raises(ValueError, match="the store went away"):
+        for item in prefetch(items()):
+            seen.append(item)  # noqa: PERF402
+    assert seen == [1, 2]
+
+
+def test_stopping_early_ends_the_thread():
+    taken = []
+
+    def items():
+        for i in range(10_000):
+            taken.append(i)
+            yield i
+
+    for item in prefetch(items(), depth=2):
+        if item == 5:
+            break
+    assert len(taken) < 20
+
+
+class _Count:
+    """An objective that hides nothing and remembers what it was given."""
+
+    def __init__(self):
+        self.seen = []
+
+    def corrupt(self, batch, draw):
+        self.seen.append((batch.cell_ids.tolist(), draw.epoch))
+        return batch
+
+    def loss(self, output, batch):
+        raise AssertionError("not used")
+
+
+def test_micro_batches_split_cells_and_codes_in_order():
+    block = TokenBlock(
+        joinids=np.arange(5) + 10,
+        indptr=np.array([0, 1, 3, 3, 4, 6]),
+        tokens=np.arange(6, dtype=np.int32),
+        values=np.arange(6, dtype=np.float32),
+    )
+    objective = _Count()
+    collator = Collator(objective, pad=9, cells_micro=2, seed=0)
+    batches = collator(block, {"label": np.array([4, 3, 2, 1, 0])}, epoch=3, step=8)
+    assert objective.seen == [([10, 11], 3), ([12, 13], 3), ([14], 3)]
+    assert [b.token_ids.tolist() for b in batches] == [
+        [[0, 9], [1, 2]],
+        [[9], [3]],
+        [[4, 5]],
+    ]
+    assert [b.covariates["label"].tolist() for b in batches] == [[4, 3], [2, 1], [0]]
+    assert {b.step for b in batches} == {8}
