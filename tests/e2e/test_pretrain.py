@@ -153,6 +153,7 @@ def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(
         assert finals[step]["validation/loss"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_continued_by_the_same_command(small_store, whole, tmp_path):
     result, _ = whole
     config = tmp_path / "run.toml"

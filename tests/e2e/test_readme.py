@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cellray.cli import main
 from cellray.core.section import read_toml
 from cellray.runs import JOBS, load_run
 
@@ -77,6 +78,48 @@ def test_ingest_check_show_and_doctor_run_as_the_readme_says(tmp_path):
     assert "ingest.append = false" in again.stderr
     doctor = cellray("doctor", cwd=tmp_path)
     assert "python" in doctor.stdout.lower()
+
+
+SHORT = {
+    "pretrain": ["train.steps=6", "train.log_every_steps=3", "train.eval_every_steps=6"],
+    "finetune": ["train.steps=6", "train.eval_every_steps=6", "checkpoint.every_steps=6"],
+    "tune": [
+        "trials=1",
+        'overrides=["train.steps=6", "train.eval_every_steps=3", "optim.warmup_steps=0"]',
+    ],
+    "benchmark": ["methods={}", "seeds=[0]"],
+}
+
+
+@pytest.mark.ray
+def test_the_jobs_of_the_readme_run_one_after_the_other(ray_cluster, tmp_path, monkeypatch, capsys):
+    """Every job command, in the README's order, shortened; each finds what the last one left."""
+    for name in ("jobs", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for words in CELLRAY:
+        if words[0] not in JOBS or "--check" in words:
+            continue
+        short = [*words, *SHORT.get(words[0], [])]
+        if words[0] in ("pretrain", "finetune"):
+            short.append("optim.warmup_steps=0")
+        assert main(short) == 0, capsys.readouterr().err
+        ran.append(words[0])
+    assert ran == ["ingest", "pretrain", "finetune", "tune", "embed", "benchmark"]
+    told = capsys.readouterr().out
+    for text in (
+        "store: ",
+        "test macro_f1.union.v1",
+        "next: cellray finetune",
+        "umap: ",
+        "MLflow: ",
+    ):
+        assert text in told
+    assert (tmp_path / "runs/demo/my-run/model/manifest.json").is_file()
+    assert (tmp_path / "runs/demo/embed-scgpt/umap.png").is_file()
+    assert (tmp_path / "runs/demo/tune-scgpt/best.toml").is_file()
+    assert (tmp_path / "runs/demo/benchmark/report.html").is_file()
 
 
 def test_errors_are_one_line_and_exit_with_1(tmp_path):

@@ -128,6 +128,8 @@ def method_run(run: BenchmarkRun, method: str, seed: int) -> FinetuneRun:
         },
     )
     raw["task"] = to_dict(run.task)
+    if seed != run.seeds[0]:
+        raw.pop("register_as", None)  # one version a method, not one a seed
     raw = apply_overrides(raw, run.overrides)
     built = build_run("finetune", raw, source=f"{run.methods[method]} for '{method}'")
     assert isinstance(built, FinetuneRun)

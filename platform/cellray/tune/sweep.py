@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,15 +60,20 @@ class TuneResult:
         ]
 
 
-def trial_run(run: TuneRun, trial: int) -> FinetuneRun:
+def trial_run(run: TuneRun, trial: int, base: dict[str, Any] | None = None) -> FinetuneRun:
     """The fine-tuning run of one trial, validated.
+
+    Args:
+        run: the sweep.
+        trial: its number.
+        base: what ``run.base`` holds, if it has been read already (trials may not see the file).
 
     Raises:
         ConfigError: a searched key that the schema does not know, or a value it refuses.
     """
     from cellray.runs import FinetuneRun, build_run
 
-    raw = apply_overrides(read_toml(run.base), run.overrides)
+    raw = apply_overrides(read_toml(run.base) if base is None else base, run.overrides)
     point = sample(parse_space(run.search), trial, seed=run.seed)
     raw = apply_overrides(raw, [f"{key}={json.dumps(value)}" for key, value in point.items()])
     raw["name"] = f"trial{trial:03d}"
@@ -127,13 +133,17 @@ def _space(run: TuneRun) -> dict[str, Any]:
 
 
 def _trainable(raw: dict[str, Any], parent: str) -> Callable[[dict[str, Any]], None]:
+    base, here = read_toml(raw["base"]), os.getcwd()
+
     def run_trial(config: dict[str, Any]) -> None:
         from cellray.runs import TuneRun, build_run
 
+        if os.path.isdir(here):
+            os.chdir(here)  # Tune starts a trial in a folder of its own; paths are the driver's
         run = build_run("tune", raw)
         assert isinstance(run, TuneRun)
         finetune(
-            trial_run(run, config["trial"]),
+            trial_run(run, config["trial"], base),
             lambda line: None,
             parent=parent or None,
             extra_callbacks=[TuneReportCallback()],
