@@ -30,7 +30,7 @@ HOMES = {
     },
     "deepspeed": {"train/deepspeed.py"},
     "tiledbsoma": {"data/soma.py", "data/ingest.py"},
-    "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py"},
+    "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
 }
 
 # Who may import whom, inside the package (beside itself and core).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,12 @@ def register(tracker: Tracker, model_dir: str | Path, *, name: str) -> str:
     """
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(tracker.uri)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         with mlflow.start_run(run_id=tracker.run_id):
             info = mlflow.pyfunc.log_model(
                 name="annotator",
-                python_model=Annotator(),
+                python_model=str(Path(__file__).with_name("registered.py")),
                 artifacts={"checkpoint": str(model_dir)},
                 pip_requirements=[f"cellray=={__version__}"],
                 registered_model_name=name or None,
