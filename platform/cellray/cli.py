@@ -125,7 +125,12 @@ def _doctor() -> int:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for an error, 130 when interrupted."""
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if any(word.startswith("-") for word in rest) or (rest and not hasattr(arguments, "words")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.words += rest  # overrides that stand behind an option
     try:
         if arguments.command in JOBS:
             return _job(arguments.command, arguments.words, check=arguments.check)
@@ -134,7 +139,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.command == "show":
             return _show(arguments.path)
         return _doctor()
-    except CellrayError as error:
+    except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

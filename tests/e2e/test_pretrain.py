@@ -21,6 +21,7 @@ from cellray.infer.load import load
 from cellray.ops.show import show
 from cellray.runs import run_job
 from cellray.train.checkpoint import read_checkpoint
+from cellray.train.pretrain import prepare_pretrain
 from helpers_runs import pretrain_raw, pretrain_run, progress
 
 pytestmark = pytest.mark.ray
@@ -103,6 +104,27 @@ def test_a_checkpoint_with_another_vocabulary_is_refused(whole, small_store, tmp
     over = {"data": {"vocab": str(tmp_path / "other.json.gz")}, "init_from": result.model_dir}
     with pytest.raises(CheckpointError, match=r"\(1 genes, .*\) is not the one of checkpoint"):
         run_job(pretrain_run(small_store, tmp_path, **over))
+
+
+def test_sections_that_do_not_fit_the_checkpoint_are_refused_on_the_driver(
+    whole, small_store, tmp_path
+):
+    start = {"init_from": whole[0].model_dir}
+    cases = [
+        ({"model": {"width": 32}}, CheckpointError, r"does not fit the model: .* \(.*16\) in the"),
+        (
+            {"tokenizer": {"name": "rank"}},
+            CheckpointError,
+            "tokenizer = 'rank', but the checkpoint",
+        ),
+        ({"data": {"vocab_genes": 9}}, ConfigError, "chooses the genes of a new vocabulary"),
+        ({"objective": {"name": "masked"}}, DataError, "no special token '<mask>'"),
+    ]
+    for over, kind, text in cases:
+        with pytest.raises(kind, match=text):
+            prepare_pretrain(pretrain_run(small_store, tmp_path, **start, **over))
+    fitting = prepare_pretrain(pretrain_run(small_store, tmp_path, **start))
+    assert fitting.job.weights is not None
 
 
 def test_bad_input_is_found_before_any_work(small_store, tmp_path):

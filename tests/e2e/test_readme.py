@@ -130,6 +130,12 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
     done = cellray("pretrain", "jobs/configs/pretrain/demo_scgpt.toml", "optm.lr=1")
     assert done.returncode == 1
     assert "unknown key 'optm'. Did you mean 'optim'?" in done.stderr
+    done = cellray("pretrain", "jobs/configs/pretrain/demo_scgpt.toml", "--check", "optim.lr=inf")
+    assert done.returncode == 1
+    assert "optim.lr" in done.stderr
+    done = cellray("benchmark", "--check", "jobs/configs/benchmark/demo.toml", "data.uri=/nope/x")
+    assert done.returncode == 1
+    assert "no store at '/nope/x'" in done.stderr
     done = cellray("show", str(tmp_path / "nothing"))
     assert done.returncode == 1
     assert "nothing at" in done.stderr

@@ -8,14 +8,12 @@ is shown as failed.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +22,22 @@ from scipy import sparse
 
 from cellray.baselines.base import baseline
 from cellray.bench.pictures import draw_umap
+from cellray.bench.record import (
+    Setting,
+    experiment_name,
+    kept_file,
+    record,
+    rows_from_children,
+)
 from cellray.bench.render import render_markdown, render_terminal
 from cellray.bench.report import plot_confusion, write_report
-from cellray.bench.table import ResultRow, failed_rows, leaderboard, rows_of, to_frame
+from cellray.bench.table import ResultRow, leaderboard, to_frame
 from cellray.core.errors import CellrayError, ConfigError
 from cellray.core.section import apply_overrides, flatten, merge, read_toml, to_dict
 from cellray.infer.load import load
-from cellray.metrics.classification import METRICS
-from cellray.tasks.base import Split, Targets, Task, task
+from cellray.tasks.base import task
 from cellray.train.finetune import finetune, predict_labels, prepare_finetune
-from cellray.train.prepare import Cells, select_cells
+from cellray.train.prepare import select_cells
 from cellray.train.tracking import (
     Tracker,
     check_tracking,
@@ -46,7 +50,7 @@ from cellray.train.trainer import RunDirectory
 if TYPE_CHECKING:
     from cellray.runs import BenchmarkRun, FinetuneRun
 
-__all__ = ["BenchmarkResult", "benchmark"]
+__all__ = ["BenchmarkResult", "benchmark", "check_benchmark"]
 
 Say = Callable[[str], None]
 _BLOCK_CELLS = 4096
@@ -81,27 +85,6 @@ class BenchmarkResult:
         told += [f"UMAP picture: {self.umap_path}"] if self.umap_path else []
         told.append(f"report: {self.report_path}")
         return told + ([f"MLflow: {self.open_command}"] if self.open_command else [])
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The one dataset and split that all rows of a table share."""
-
-    run: BenchmarkRun
-    unit: Task
-    cells: Cells
-    split: Split
-    targets: Targets
-    template: ResultRow
-    directory: Path
-    tracker: Tracker | None
-
-    @property
-    def truth(self) -> npt.NDArray[Any]:
-        """True labels of the test cells."""
-        label = to_dict(self.run.task)["label"]
-        rows = np.searchsorted(self.cells.joinids, self.split.test)
-        return np.asarray(self.cells.obs[label].astype(str).to_numpy()[rows], dtype=object)
 
 
 def method_run(run: BenchmarkRun, method: str, seed: int) -> FinetuneRun:
@@ -161,10 +144,6 @@ def _setting(run: BenchmarkRun, tracker: Tracker | None, directory: Path) -> Set
     return Setting(run, unit, cells, split, targets, template, directory, tracker)
 
 
-def _digest(values: npt.NDArray[Any]) -> str:
-    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
-
-
 def _counts(setting: Setting, joinids: npt.NDArray[np.int64]) -> sparse.csr_matrix:
     """Raw counts of cells over all genes of the store, (N, V) float32."""
     store = setting.cells.store
@@ -184,7 +163,7 @@ def _run_baselines(setting: Setting, say: Say) -> None:
         (name, seed)
         for name in setting.run.baselines
         for seed in setting.run.seeds
-        if not _kept(setting, name, seed).is_file()
+        if not kept_file(setting, name, seed).is_file()
     ]
     if not todo:
         return
@@ -208,83 +187,7 @@ def _run_baselines(setting: Setting, say: Say) -> None:
             wall_s=seconds,
             overlap_flag="none",
         )
-        _record(setting, template, predicted, say, params=to_dict(config))
-
-
-def _kept(setting: Setting, method: str, seed: int) -> Path:
-    """Where the result of one cell of the table is kept."""
-    return setting.directory / "results" / f"{method}-seed{seed}.json"
-
-
-def _record(
-    setting: Setting,
-    template: ResultRow,
-    predicted: npt.NDArray[Any] | None,
-    say: Say,
-    *,
-    params: Mapping[str, Any],
-    error: str = "",
-    tracker: Tracker | None = None,
-) -> None:
-    """Score predictions, keep the rows, and log them to the child run of this cell."""
-    template = replace(template, started_at=datetime.now(UTC).isoformat(timespec="seconds"))
-    if predicted is None:
-        rows = failed_rows(template, error)
-    else:
-        truth = setting.truth
-        scores = setting.unit.score(truth, predicted, setting.targets.classes)
-        template = replace(template, predictions_sha256=_digest(predicted))
-        rows = rows_of(template, scores)
-    if setting.tracker is not None:
-        own = tracker is None
-        child = tracker or Tracker.start(
-            setting.tracker.uri,
-            experiment=_experiment(setting.run),
-            name=f"{template.method}-seed{template.seed}",
-            parent=setting.tracker.run_id,
-        )
-        rows = [replace(row, run_id=child.run_id) for row in rows]
-        _log_child(setting, child, template, rows, predicted, params, error)
-        if own:
-            child.end("FAILED" if predicted is None else "FINISHED")
-    file = _kept(setting, template.method, template.seed or 0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if predicted is not None:
-        frame = pd.DataFrame({"joinid": setting.split.test, "predicted": predicted})
-        frame.to_csv(file.with_suffix(".csv"), index=False)
-        headline = next(r for r in rows if r.metric_id == setting.unit.headline)
-        title = METRICS[headline.metric_id].title if headline.metric_id in METRICS else "score"
-        say(f"{template.method} seed {template.seed}: {title} {headline.value:.4f}")
-        file.write_text(json.dumps([asdict(row) for row in rows]))
-    else:
-        say(f"{template.method} seed {template.seed}: failed: {error}")
-        file.with_suffix(".failed").write_text(json.dumps([asdict(row) for row in rows]))
-
-
-def _log_child(
-    setting: Setting,
-    child: Tracker,
-    template: ResultRow,
-    rows: list[ResultRow],
-    predicted: npt.NDArray[Any] | None,
-    params: Mapping[str, Any],
-    error: str,
-) -> None:
-    child.params(flatten(params))
-    child.tag("cellray.method", template.method)
-    child.tag("cellray.row", json.dumps(asdict(template)))
-    if predicted is None:
-        child.tag("cellray.error", error[:2000])
-        return
-    child.metrics({row.metric_id: float(row.value or 0.0) for row in rows})
-    frame = pd.DataFrame(
-        {"joinid": setting.split.test, "truth": setting.truth, "predicted": predicted}
-    )
-    child.table(frame, "tables/predictions.json")
-
-
-def _experiment(run: BenchmarkRun) -> str:
-    return run.tracking.experiment or f"benchmark-{to_dict(run.task)['name']}"
+        record(setting, template, predicted, say, params=to_dict(config))
 
 
 def _run_methods(setting: Setting, say: Say) -> dict[str, str]:
@@ -294,7 +197,7 @@ def _run_methods(setting: Setting, say: Say) -> dict[str, str]:
         for seed in setting.run.seeds:
             run = method_run(setting.run, method, seed)
             model = RunDirectory(run.checkpoint.dir, run.name).model
-            if not _kept(setting, method, seed).is_file():
+            if not kept_file(setting, method, seed).is_file():
                 _run_method(setting, method, run, say)
             if model.is_dir():
                 models.setdefault(method, str(model))
@@ -325,7 +228,7 @@ def _run_method(setting: Setting, method: str, run: FinetuneRun, say: Say) -> No
     except (CellrayError, RuntimeError, OSError) as error:
         begun = RunDirectory(run.checkpoint.dir, run.name).read("mlflow.json")
         child = Tracker(begun["uri"], begun["run_id"]) if begun else None
-        _record(setting, template, None, say, params=params, error=_short(error), tracker=child)
+        record(setting, template, None, say, params=params, error=_short(error), tracker=child)
         return
     child = None
     if setting.tracker is not None and result.trained.mlflow_run_id:
@@ -335,7 +238,7 @@ def _run_method(setting: Setting, method: str, run: FinetuneRun, say: Say) -> No
         wall_s=time.perf_counter() - started,
         cells_per_s=result.trained.metrics.get("cells_per_s"),
     )
-    _record(setting, template, predicted, say, params={}, tracker=child)
+    record(setting, template, predicted, say, params={}, tracker=child)
 
 
 def _short(error: BaseException) -> str:
@@ -343,43 +246,12 @@ def _short(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:500]
 
 
-def _rows_from_children(setting: Setting) -> list[ResultRow]:
-    """The long table, from the parent's children alone (from kept files without tracking)."""
-    rows: list[ResultRow] = []
-    wanted = [
-        (m, s) for m in [*setting.run.baselines, *setting.run.methods] for s in setting.run.seeds
-    ]
-    if setting.tracker is None:
-        for method, seed in wanted:
-            file = _kept(setting, method, seed)
-            file = file if file.is_file() else file.with_suffix(".failed")
-            rows += [ResultRow(**row) for row in json.loads(file.read_text())]
-        return rows
-    newest: dict[tuple[str, int], Any] = {}
-    for child in setting.tracker.children():
-        if "cellray.row" in child.data.tags:
-            row = json.loads(child.data.tags["cellray.row"])
-            newest.setdefault((row["method"], row["seed"]), (row, child))
-    for key in wanted:
-        if key in newest:
-            rows += _child_rows(*newest[key])
-    return rows
-
-
-def _child_rows(row: dict[str, Any], child: Any) -> list[ResultRow]:
-    template = ResultRow(**row | {"run_id": child.info.run_id})
-    if "cellray.error" in child.data.tags:
-        return failed_rows(template, child.data.tags["cellray.error"])
-    scores = {k: v for k, v in child.data.metrics.items() if k in METRICS}
-    return rows_of(template, scores)
-
-
-def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
-    """Run or continue a benchmark.
+def check_benchmark(run: BenchmarkRun) -> list[str]:
+    """Check baselines, tracking, data, split and every method; returns lines for ``--check``.
 
     Raises:
         ConfigError: a compulsory baseline is left out.
-        CellrayError: a configuration or the data do not fit; found before anything is trained.
+        CellrayError: a configuration or the data do not fit.
     """
     unit = task(run.task.name)  # type: ignore[attr-defined]
     absent = [name for name in unit.compulsory if name not in run.baselines]
@@ -391,8 +263,28 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
     uri = tracking_uri(run.tracking, run.checkpoint.dir)
     if run.tracking.enabled:
         check_tracking(uri)
+    for name in run.baselines:
+        baseline(name)
+    split = _setting(run, None, Path()).split
     for method in run.methods:
         prepare_finetune(method_run(run, method, run.seeds[0]))
+    return [
+        f"cells: {len(split.train)} to train on, {len(split.validation)} to validate on, "
+        f"{len(split.test)} to test on, held out by {split.unit}",
+        f"runs: {len(run.methods) * len(run.seeds)} fine-tunings ({', '.join(run.methods)}), "
+        f"{len(run.baselines) * len(run.seeds)} baseline fits",
+        *[f"warning: {warning}" for warning in split.warnings],
+    ]
+
+
+def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
+    """Run or continue a benchmark.
+
+    Raises:
+        CellrayError: as in :func:`check_benchmark`, before anything is trained.
+    """
+    check_benchmark(run)
+    uri = tracking_uri(run.tracking, run.checkpoint.dir)
     directory = RunDirectory(run.checkpoint.dir, run.name)
     setting = _setting(run, None, directory.path)
     prints = {"data": setting.template.dataset_sha256, "split": setting.split.split_sha256}
@@ -419,7 +311,7 @@ def _parent(run: BenchmarkRun, directory: RunDirectory, uri: str) -> Tracker:
         tracker = Tracker(uri, old["run_id"])
         tracker.restart()
         return tracker
-    tracker = Tracker.start(uri, experiment=_experiment(run), name=run.name)
+    tracker = Tracker.start(uri, experiment=experiment_name(run), name=run.name)
     directory.write("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
     tracker.params(flatten(to_dict(run)))
     return tracker
@@ -431,7 +323,7 @@ def _pictures(setting: Setting, models: Mapping[str, str], board: pd.DataFrame) 
     if best is None:
         return {}
     seed = setting.run.seeds[0]
-    kept = pd.read_csv(_kept(setting, best, seed).with_suffix(".csv"))
+    kept = pd.read_csv(kept_file(setting, best, seed).with_suffix(".csv"))
     confusion = plot_confusion(
         setting.truth,
         kept["predicted"].astype(str).to_numpy(),
@@ -473,7 +365,7 @@ def _report(setting: Setting, board: pd.DataFrame, pictures: Mapping[str, Path])
 
 def _conclude(setting: Setting, models: Mapping[str, str], uri: str) -> BenchmarkResult:
     """Aggregate, draw, and log to the parent."""
-    rows = _rows_from_children(setting)
+    rows = rows_from_children(setting)
     board = leaderboard(rows, headline=setting.unit.headline, compulsory=setting.unit.compulsory)
     text = render_terminal(board)
     folder = setting.directory

@@ -35,7 +35,12 @@ class Section(BaseModel):
     """One table of a configuration: immutable, no unknown keys, no silent type conversion."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, validate_default=True, protected_namespaces=()
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
     )
 
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cellray.core.errors import DataError
 from cellray.data import sources
 from cellray.data.ingest import IngestConfig, IngestReport, ingest
+from cellray.data.locate import local_path
 
 if TYPE_CHECKING:
     from cellray.runs import IngestRun
@@ -51,6 +53,12 @@ def check_ingest(run: IngestRun) -> list[str]:
     """
     config = run.ingest
     assert isinstance(config, IngestConfig)
+    target = local_path(config.uri)
+    if target is not None and target.exists() and not config.append:
+        raise DataError(
+            f"there is a store at '{target}' and ingest.append = false; choose another uri or "
+            "remove it"
+        )
     names = sources.list_files(config)
     given = config.dataset_ids or [""] * len(names)
     files = [sources.look(config, n, dataset_id=d) for n, d in zip(names, given, strict=True)]

@@ -202,9 +202,10 @@ def check_coverage(covered: VocabCoverage, vocab: Vocab) -> list[str]:
     Raises:
         DataError: no gene in common.
     """
-    if covered.genes_matched == 0:
+    if covered.genes_matched == 0 or covered.count_fraction == 0.0:
         raise DataError(
-            "the data and the vocabulary have no gene in common: the store's genes are like "
+            "the data and the vocabulary have no gene in common that the selected cells express: "
+            "the store's genes are like "
             f"{', '.join(covered.example_ids)}; the vocabulary's like "
             f"{', '.join(vocab.gene_ids[:3])} (symbols {', '.join(vocab.symbols[:3])}). Is it "
             "another organism, or another kind of id? Ingest maps symbols to Ensembl ids if "

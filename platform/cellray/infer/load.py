@@ -45,15 +45,17 @@ def block_of(adata: ad.AnnData, vocab: Vocab, *, layer: str | None = None) -> Ce
     Raises:
         DataError: counts that are not raw, or no gene in common with the vocabulary.
     """
-    matrix = sp.csr_matrix(adata.X if layer is None else adata.layers[layer], dtype=np.float32)
+    matrix = _counts(adata, layer)
     _check_raw(matrix.data)
     genes = _match(adata.var, vocab)
+    _check_repeats(adata.var, genes, vocab)
     library = np.asarray(matrix.sum(axis=1), dtype=np.float32).reshape(-1)
     order = np.argsort(genes, kind="stable")
     order = order[genes[order] >= 0]
     chosen = sp.csr_matrix(matrix[:, order])
     chosen.eliminate_zeros()
     chosen.sort_indices()
+    _check_loss(float(chosen.sum()), float(library.sum()), len(order), vocab)
     return CellBlock(
         joinids=np.arange(adata.n_obs, dtype=np.int64),
         indptr=chosen.indptr.astype(np.int64),
@@ -61,6 +63,35 @@ def block_of(adata: ad.AnnData, vocab: Vocab, *, layer: str | None = None) -> Ce
         counts=chosen.data.astype(np.float32),
         library_sizes=library,
     )
+
+
+def _counts(adata: Any, layer: str | None) -> sp.csr_matrix:
+    if not isinstance(adata, ad.AnnData):
+        raise DataError(f"cells are given as {type(adata).__name__}; give an AnnData")
+    if layer is not None and layer not in adata.layers:
+        raise DataError(f"no layer '{layer}'; there are: {', '.join(adata.layers) or 'none'}")
+    if layer is None and adata.X is None:
+        raise DataError(f"X is empty; pass layer='...': {', '.join(adata.layers) or 'none there'}")
+    return sp.csr_matrix(adata.X if layer is None else adata.layers[layer], dtype=np.float32)
+
+
+def _check_repeats(var: pd.DataFrame, genes: npt.NDArray[np.int32], vocab: Vocab) -> None:
+    known, times = np.unique(genes[genes >= 0], return_counts=True)
+    twice = [vocab.gene_ids[g] for g in known[times > 1]]
+    if twice:
+        raise DataError(
+            f"{len(twice)} genes occur more than once among the {len(var)} columns: "
+            f"{', '.join(twice[:5])}; add their counts up or drop all but one"
+        )
+
+
+def _check_loss(matched: float, total: float, num_genes: int, vocab: Vocab) -> None:
+    """Refuse cells without a single count that the model knows."""
+    if total and not matched:
+        raise DataError(
+            f"none of the counts lie on the {num_genes} genes shared with the model's vocabulary "
+            f"({', '.join(vocab.gene_ids[:3])}, ...); are these cells of the same organism?"
+        )
 
 
 def _check_raw(values: F32) -> None:

@@ -165,6 +165,11 @@ def estimate(run: Run) -> list[str]:
     """
     from cellray import runs
 
+    if isinstance(run, runs.PretrainRun | runs.FinetuneRun | runs.TuneRun):
+        from cellray.train.tracking import check_tracking, tracking_uri
+
+        if run.tracking.enabled:
+            check_tracking(tracking_uri(run.tracking, run.checkpoint.dir))
     if isinstance(run, runs.PretrainRun):
         from cellray.train.pretrain import prepare_pretrain
 
@@ -178,9 +183,9 @@ def estimate(run: Run) -> list[str]:
 
         return check_ingest(run)
     if isinstance(run, runs.BenchmarkRun):
-        fits = len(run.methods) * len(run.seeds)
-        names = ", ".join(run.methods)
-        return [f"runs: {fits} fine-tunings ({names or 'none'}), baselines {run.baselines}"]
+        from cellray.bench.suite import check_benchmark
+
+        return check_benchmark(run)
     if isinstance(run, runs.TuneRun):
         from cellray.tune.sweep import check_sweep
 

@@ -14,16 +14,26 @@ __all__ = ["show"]
 
 def _store(path: str) -> list[str]:
     facts = open_store(path).describe()
-    lines = [f"SOMA experiment {path}"]
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            lines.append(f"  {key}:")
-            lines += [f"    {name}: {inner}" for name, inner in value.items()]
-        elif isinstance(value, list):
-            lines.append(f"  {key}:")
-            lines += [f"    {inner}" for inner in value]
-        else:
-            lines.append(f"  {key}: {value}")
+    lines = [
+        f"SOMA experiment {facts['uri']}",
+        f"  cells: {facts['cells']}",
+        f"  genes: {facts['genes']}",
+        f"  layer: {facts['layer']} of {', '.join(facts['layers'])} ({facts['measurement']})",
+    ]
+    if facts["bytes_on_disk"] is not None:
+        lines.append(f"  size: {facts['bytes_on_disk'] / 1e6:.1f} MB")
+    lines.append("  obs columns:")
+    for name, kind in facts["obs_columns"].items():
+        values = f", {kind['distinct']} values" if kind.get("distinct") is not None else ""
+        lines.append(f"    {name}: {kind['type']}{values}")
+    if facts["files"]:
+        lines.append("  ingested from:")
+    lines += [
+        f"    {file['file']}: {file['cells']} cells x {file['genes']} genes as dataset "
+        f"'{file['dataset_id']}', counts from {file['layer']}, content "
+        f"{file['content_sha256'][:12]}"
+        for file in facts["files"]
+    ]
     return lines
 
 

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -96,13 +97,19 @@ def write_checkpoint(
     os.replace(partial, folder / _MANIFEST)
 
 
+def _model_folder(path: str | Path) -> Path:
+    """The checkpoint folder itself, or the exported model of a run directory."""
+    inner = Path(path) / "model"
+    return inner if (inner / _MANIFEST).is_file() else Path(path)
+
+
 def read_manifest(path: str | Path) -> Manifest:
     """Read a checkpoint's manifest.
 
     Raises:
         CheckpointError: there is no checkpoint at ``path``, or not one of this format.
     """
-    folder = Path(path)
+    folder = _model_folder(path)
     file = folder / _MANIFEST
     if not folder.is_dir():
         near = [p.name for p in folder.parent.glob("*")] if folder.parent.is_dir() else []
@@ -129,11 +136,11 @@ def read_checkpoint(path: str | Path) -> tuple[Manifest, Vocab, dict[str, torch.
         CheckpointError: it is missing, torn, or its vocabulary is not the one it was trained with.
     """
     manifest = read_manifest(path)
-    folder = Path(path)
+    folder = _model_folder(path)
     try:
         vocab = Vocab.load(folder / _VOCAB)
         weights = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
-    except (DataError, OSError, RuntimeError, EOFError) as error:
+    except (DataError, OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
         raise CheckpointError(f"checkpoint '{path}' is torn: {error}") from error
     if vocab.fingerprint != manifest.vocab_fingerprint:
         raise CheckpointError(

@@ -31,7 +31,7 @@ from cellray.train.prepare import (
 from cellray.train.tracked import fit_tracked
 from cellray.train.tracking import Tracker, check_tracking, code_version, tracking_uri
 from cellray.train.trainer import RunDirectory, TrainResult, pick_device
-from cellray.train.worker import TrainJob
+from cellray.train.worker import TrainJob, check_job
 
 if TYPE_CHECKING:
     from cellray.runs import FinetuneRun
@@ -95,7 +95,7 @@ def _start(
     """Model, vocabulary and weights: of the checkpoint, or of the run's own sections."""
     if run.init_from:
         manifest, vocab, weights = read_checkpoint(run.init_from)
-        check_vocab(run.data.vocab, vocab, run.init_from)
+        check_vocab(run.data, vocab, run.init_from)
         if run.tokenizer is not None:
             raise ConfigError(
                 "[tokenizer] is for training from scratch; with init_from the checkpoint's own "
@@ -151,7 +151,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         seed=run.seed,
         categories=categories,
         extra_codes={"label": np.where(seen, targets.codes, -1)},
-        genes_chosen=bool(run.data.vocab_genes or source.run.get("data", {}).get("vocab_genes")),
+        genes_chosen=_genes_chosen(run, source),
     )
     data = replace(data, warnings=[*data.warnings, *split.warnings])
     manifest = replace(
@@ -183,7 +183,16 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         train_backbone=run.train_backbone,
         device=device,
     )
+    check_job(job)
     return Finetuning(job, unit, cells, split, targets)
+
+
+def _genes_chosen(run: FinetuneRun, source: Manifest) -> bool:
+    """Whether the vocabulary is a choice of variable genes made on this very store."""
+    if not run.init_from:
+        return run.data.vocab_genes > 0
+    before = source.run.get("data", {})
+    return bool(before.get("vocab_genes")) and before.get("uri") == run.data.uri
 
 
 def _check_needs(unit: Task, manifest: Manifest, vocab: Vocab) -> None:

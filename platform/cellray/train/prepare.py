@@ -174,12 +174,19 @@ def gene_map(store: Store, vocab: Vocab) -> npt.NDArray[np.int32]:
     return vocab.match(var["feature_id"].tolist(), var["feature_name"].tolist())
 
 
-def check_vocab(given: str, vocab: Vocab, checkpoint: str) -> None:
-    """A vocabulary file named beside a checkpoint must be the checkpoint's own.
+def check_vocab(data: DataSection, vocab: Vocab, checkpoint: str) -> None:
+    """A vocabulary named beside a checkpoint must be the checkpoint's own.
 
     Raises:
         CheckpointError: they differ; the message says where.
+        ConfigError: variable genes are to be chosen although the checkpoint has its genes.
     """
+    given = data.vocab
+    if data.vocab_genes:
+        raise ConfigError(
+            f"data.vocab_genes = {data.vocab_genes} chooses the genes of a new vocabulary, but the "
+            f"checkpoint '{checkpoint}' brings its own {len(vocab)}; leave the key out"
+        )
     if given == "store":
         return
     other = Vocab.load(given)

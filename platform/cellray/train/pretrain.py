@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cellray.core.errors import CheckpointError
 from cellray.core.section import flatten, to_dict
 from cellray.train.checkpoint import Manifest, read_checkpoint
 from cellray.train.prepare import (
@@ -23,7 +24,7 @@ from cellray.train.prepare import (
 from cellray.train.tracked import fit_tracked
 from cellray.train.tracking import check_tracking, code_version, tracking_uri
 from cellray.train.trainer import RunDirectory, TrainResult, pick_device
-from cellray.train.worker import TrainJob
+from cellray.train.worker import TrainJob, check_job
 
 if TYPE_CHECKING:
     from cellray.runs import PretrainRun
@@ -56,8 +57,9 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
     tokenizer = to_dict(run.tokenizer)
     weights = None
     if run.init_from:
-        _, vocab, weights = read_checkpoint(run.init_from)
-        check_vocab(run.data.vocab, vocab, run.init_from)
+        before, vocab, weights = read_checkpoint(run.init_from)
+        check_vocab(run.data, vocab, run.init_from)
+        _check_start(run, before)
     else:
         vocab = store_vocab(cells, run.data, tokenizer["name"], train, run.seed)
     data = make_training_data(
@@ -69,7 +71,7 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         train=np.sort(train),
         validation=np.sort(validation),
         seed=run.seed,
-        genes_chosen=run.data.vocab_genes > 0,
+        genes_chosen=run.data.vocab_genes > 0,  # refused beside init_from
     )
     model = to_dict(run.model)
     manifest = Manifest(
@@ -98,7 +100,23 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         weights=weights,
         device=device,
     )
+    check_job(job)
     return Pretraining(job, data)
+
+
+def _check_start(run: PretrainRun, before: Manifest) -> None:
+    """The run's family and tokenizer must be those of the checkpoint it starts from."""
+    given = {
+        "model.family": to_dict(run.model)["family"],
+        "tokenizer": to_dict(run.tokenizer)["name"],
+    }
+    theirs = {"model.family": before.family, "tokenizer": before.tokenizer["name"]}
+    for key, value in given.items():
+        if value != theirs[key]:
+            raise CheckpointError(
+                f"{key} = '{value}', but the checkpoint '{run.init_from}' has '{theirs[key]}'; "
+                "start from a checkpoint of the same kind, or leave init_from out"
+            )
 
 
 def pretrain(run: PretrainRun, say: Say) -> TrainResult:

@@ -64,7 +64,14 @@ def check_tracking(uri: str, *, timeout_s: float = 5.0) -> None:
         _check_server(uri, timeout_s)
         return
     if parts.scheme == "sqlite":
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(uri.removeprefix("sqlite:///")).parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrackingError(
+                f"'{folder}' for the MLflow database cannot be made: {error}; set "
+                "checkpoint.dir or tracking.mlflow_uri to a place you can write to"
+            ) from error
         return
     if parts.scheme not in ("postgresql", "mysql", "mssql", "databricks"):
         raise TrackingError(

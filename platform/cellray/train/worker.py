@@ -19,6 +19,7 @@ from torch import nn
 from cellray.core import registry
 from cellray.core.batch import CellBatch
 from cellray.core.draw import Draw
+from cellray.core.errors import CheckpointError
 from cellray.core.section import build_section
 from cellray.data.collate import collate_tokens
 from cellray.data.pipeline import token_stream
@@ -45,7 +46,7 @@ from cellray.train.loop import Collator, Loop
 from cellray.train.prepare import TrainingData
 from cellray.train.telemetry import Telemetry
 
-__all__ = ["TrainJob", "build_objective", "train_worker"]
+__all__ = ["TrainJob", "build_objective", "check_job", "fitting_weights", "train_worker"]
 
 
 @dataclass(frozen=True)
@@ -86,21 +87,51 @@ def build_objective(config: Mapping[str, Any], vocab: Any) -> Objective:
     return objective
 
 
-def load_backbone(model: CellModel, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Start ``model`` from a checkpoint's weights; returns the names left untouched.
+def fitting_weights(
+    model: CellModel, weights: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The checkpoint's weights under the model's names; a head of another shape is left out.
 
-    A classifier takes the weights of a bare backbone; a head of another shape stays new.
+    A classifier takes the weights of a bare backbone, and a backbone those of a classifier.
+
+    Raises:
+        CheckpointError: a weight of the backbone does not fit; ``model`` may be on ``meta``.
     """
     own = model.state_dict()
-    prefixed = {
-        (name if name in own else f"backbone.{name}"): value for name, value in weights.items()
-    }
-    fitting = {n: v for n, v in prefixed.items() if n in own and own[n].shape == v.shape}
-    wrong = [n for n in prefixed if n not in fitting and not n.startswith("head.")]
+    renamed = {}
+    for name, value in weights.items():
+        bare = name.removeprefix("backbone.")
+        renamed[next((n for n in (name, f"backbone.{name}", bare) if n in own), name)] = value
+    fitting = {n: v for n, v in renamed.items() if n in own and own[n].shape == v.shape}
+    wrong = [n for n in renamed if n not in fitting and not n.startswith("head.")]
     if wrong:
-        raise ValueError(f"weights that do not fit the model: {', '.join(wrong[:5])}")
-    model.load_state_dict({**own, **fitting})
-    return [n for n in own if n not in fitting]
+        here = tuple(own[wrong[0]].shape) if wrong[0] in own else "no such tensor"
+        raise CheckpointError(
+            f"the checkpoint of init_from does not fit the model: {len(wrong)} tensors differ, "
+            f"e.g. {wrong[0]}: {tuple(renamed[wrong[0]].shape)} in the checkpoint, {here} in the "
+            "model; give [model] and [tokenizer] as the checkpoint has them (cellray show)"
+        )
+    return fitting
+
+
+def load_backbone(model: CellModel, weights: Mapping[str, torch.Tensor]) -> None:
+    """Start ``model`` from a checkpoint's weights."""
+    model.load_state_dict({**model.state_dict(), **fitting_weights(model, weights)})
+
+
+def check_job(job: TrainJob) -> None:
+    """Build on the driver, without memory, what every worker will build.
+
+    Raises:
+        CellrayError: tokenizer, objective, model or starting weights do not fit each other.
+    """
+    vocab = job.data.source.vocab
+    build_objective(job.manifest.objective, vocab)
+    make_tokenizer(job.manifest.tokenizer, vocab)
+    with torch.device("meta"):
+        model = model_of(job.manifest, vocab)
+    if job.weights is not None:
+        fitting_weights(model, job.weights)
 
 
 def freeze_unreached(model: nn.Module, objective: Objective, batch: CellBatch) -> list[str]:
