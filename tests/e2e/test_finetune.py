@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,9 @@ def pretrained(small_store, ray_cluster, tmp_path_factory):
 def tuned(pretrained, small_store, tmp_path_factory):
     """A fine-tuned, registered model."""
     folder = tmp_path_factory.mktemp("fine")
+    # a notebook that has an experiment of its own open keeps it
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('own') / 'own.db'}")
+    mlflow.set_experiment("elsewhere")
     run = finetune_run(small_store, folder, init_from=pretrained, register_as="three-types")
     return run_job(run), f"sqlite:///{folder / 'mlflow.db'}"
 
@@ -229,7 +233,9 @@ def test_a_sweep_finds_the_better_learning_rate_and_writes_it(pretrained, small_
         "seed": 4,
         "checkpoint": {"dir": str(tmp_path / "runs")},
     }
+    interrupt = signal.getsignal(signal.SIGINT)
     result = run_job(build_run("tune", sweep))
+    assert signal.getsignal(signal.SIGINT) is interrupt
     table = result.table.set_index("trial")
     assert len(table) == 4
     assert set(table["optim.lr"]) == {1e-6, 1e-2}

@@ -10,6 +10,7 @@ import anndata as ad
 import mlflow
 import numpy as np
 import pandas as pd
+from mlflow.models import Model
 from mlflow.pyfunc import PythonModel
 
 from cellray import __version__
@@ -71,14 +72,17 @@ def register(tracker: Tracker, model_dir: str | Path, *, name: str) -> str:
     mlflow.set_tracking_uri(tracker.uri)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
-        with mlflow.start_run(run_id=tracker.run_id):
-            info = mlflow.pyfunc.log_model(
-                name="annotator",
-                python_model=str(Path(__file__).with_name("registered.py")),
-                artifacts={"checkpoint": str(model_dir)},
-                pip_requirements=[f"cellray=={__version__}"],
-                registered_model_name=name or None,
-            )
+        # by run id, not as the active run: whatever experiment the caller has set stays as it is
+        info = Model.log(
+            artifact_path=None,
+            name="annotator",
+            flavor=mlflow.pyfunc,
+            run_id=tracker.run_id,
+            registered_model_name=name or None,
+            python_model=str(Path(__file__).with_name("registered.py")),
+            artifacts={"checkpoint": str(model_dir)},
+            pip_requirements=[f"cellray=={__version__}"],
+        )
     finally:
         mlflow.set_tracking_uri(before)
     if name:

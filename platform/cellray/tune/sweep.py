@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,11 +243,14 @@ def tune(run: TuneRun, say: Say) -> TuneResult:
         ),
     )
     status = "FAILED"
+    interrupt = signal.getsignal(signal.SIGINT)  # Tune replaces it and does not put it back
     try:
         grid = tuner.fit()
         result = _result(run, grid, tracker)
         status = "FINISHED"
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, interrupt)
         if tracker is not None:
             _close_children(run)
             tracker.end(status)
