@@ -32,7 +32,10 @@ def whole(small_store, ray_cluster, tmp_path_factory):
     """One unbroken run; what the others are compared with."""
     folder = tmp_path_factory.mktemp("whole")
     said: list[str] = []
-    return run_job(pretrain_run(small_store, folder), said.append), said
+    interrupt = signal.getsignal(signal.SIGINT)
+    result = run_job(pretrain_run(small_store, folder), said.append)
+    assert signal.getsignal(signal.SIGINT) is interrupt  # Ray Train leaves its own behind
+    return result, said
 
 
 def test_a_run_leaves_model_configuration_and_progress(whole):

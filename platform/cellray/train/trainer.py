@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from cellray.train.config import ScaleSection
 from cellray.train.tracking import Tracker
 from cellray.train.worker import TrainJob, train_worker
 
-__all__ = ["RunDirectory", "TrainResult", "ensure_ray", "fit", "watch"]
+__all__ = ["RunDirectory", "TrainResult", "ensure_ray", "fit", "kept_interrupt", "watch"]
 
 Say = Callable[[str], None]
 _FREE_KEYS = ("scale.", "tracking.", "checkpoint.", "train.log_every_steps", "train.eval_cells")
@@ -252,6 +253,19 @@ def watch(file: Path, name: str, total: int, say: Say) -> Any:
         thread.join()
 
 
+@contextmanager
+def kept_interrupt() -> Iterator[None]:
+    """Put the process's SIGINT handler back: Ray Train and Ray Tune install theirs for good."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, so none is replaced here
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _poll_often() -> None:
     """Have the controller look for reports four times a second.
 
@@ -335,7 +349,7 @@ def fit(
     uri, run_id = (tracker.uri, tracker.run_id) if tracker else ("", "")
     callbacks = [ReportCallback(str(run.progress), uri, run_id), *(extra_callbacks or [])]
     try:
-        with watch(run.progress, job.name, job.steps, say):
+        with kept_interrupt(), watch(run.progress, job.name, job.steps, say):
             result = _trainer(job, run, callbacks).fit()
     except Exception as error:
         cause = _root_cause(error)

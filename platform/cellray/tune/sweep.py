@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import apply_overrides, flatten, read_toml, to_dict, to_toml
 from cellray.train.finetune import finetune, prepare_finetune
 from cellray.train.tracking import Tracker, check_tracking, tracking_uri
-from cellray.train.trainer import RunDirectory, ensure_ray
+from cellray.train.trainer import RunDirectory, ensure_ray, kept_interrupt
 from cellray.tune.space import parse_space, sample
 
 if TYPE_CHECKING:
@@ -243,14 +241,12 @@ def tune(run: TuneRun, say: Say) -> TuneResult:
         ),
     )
     status = "FAILED"
-    interrupt = signal.getsignal(signal.SIGINT)  # Tune replaces it and does not put it back
     try:
-        grid = tuner.fit()
+        with kept_interrupt():
+            grid = tuner.fit()
         result = _result(run, grid, tracker)
         status = "FINISHED"
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, interrupt)
         if tracker is not None:
             _close_children(run)
             tracker.end(status)
