@@ -27,7 +27,12 @@ class DataSection(Section):
     """Which cells a run sees.
 
     Attributes:
-        uri: a SOMA experiment: one of ours or one of the CELLxGENE Census.
+        uri: a SOMA experiment, one of ours or one of the CELLxGENE Census: a local folder or an
+            object-store address.
+        timestamp: read the store as it was then, e.g. ``2026-11-22T12:00:00Z``; "" pins the
+            moment the run begins, so that what others append during the run is not seen.
+        tiledb: TileDB settings for this store, e.g. ``"vfs.s3.endpoint_override"``; no secrets:
+            those come from the environment (``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``).
         measurement: its measurement, e.g. ``RNA``.
         layer: the X layer with raw counts.
         obs_filter: rows to keep, in SOMA's own filter language; "" keeps all.
@@ -47,6 +52,8 @@ class DataSection(Section):
     """
 
     uri: str
+    timestamp: str = ""
+    tiledb: dict[str, str] = {}
     measurement: str = "RNA"
     layer: str = "raw"
     obs_filter: str = ""

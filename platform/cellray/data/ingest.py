@@ -12,7 +12,6 @@ How a file becomes cells of a store
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,7 +23,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import tiledbsoma
 from pydantic import Field
-from scipy import sparse
 
 from cellray.core.errors import DataError
 from cellray.core.section import Section
@@ -40,7 +38,8 @@ from cellray.data.joining import (
 from cellray.data.locate import local_path
 from cellray.data.soma import open_store
 from cellray.data.sources import Cells, Source
-from cellray.data.staging import link_tree, staging
+from cellray.data.staging import staging
+from cellray.data.writer import create_groups, measurement_path, open_x, write_block, write_table
 
 __all__ = ["FileReport", "IngestConfig", "IngestReport", "ingest"]
 
@@ -174,79 +173,6 @@ def _kept(config: IngestConfig, source: Source, genes: JoinedGenes) -> npt.NDArr
     return kept
 
 
-def _create_groups(place: Path, ledger: Sequence[dict[str, Any]]) -> None:
-    with tiledbsoma.Experiment.create(str(place)) as experiment:
-        experiment.metadata[schema.META_FORMAT] = schema.FORMAT_VERSION
-        experiment.metadata[schema.META_LEDGER] = json.dumps(ledger)
-        measurements = experiment.add_new_collection("ms")
-        rna = measurements.add_new_collection(schema.MEASUREMENT, tiledbsoma.Measurement)
-        layers = rna.add_new_collection("X")
-        for parent, name, path in (
-            (experiment, "obs", place / "obs"),
-            (rna, "var", _measurement(place) / "var"),
-            (layers, schema.LAYER, _x_path(place)),
-        ):
-            with tiledbsoma.open(str(path)) as member:
-                parent.set(name, member, use_relative_uri=True)
-
-
-def _measurement(place: Path) -> Path:
-    return place / "ms" / schema.MEASUREMENT
-
-
-def _x_path(place: Path) -> Path:
-    return _measurement(place) / "X" / schema.LAYER
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    """Write obs or var whole, with joinids 0 .. n-1."""
-    joinids = pa.array(np.arange(len(table), dtype=np.int64))
-    table = table.add_column(0, schema.JOINID, joinids)
-    # Created in the past and opened again: TileDB keeps labels of dictionary columns in a later
-    # version of the schema, and finds it by its time, which must differ from that of the first.
-    tiledbsoma.DataFrame.create(
-        str(path),
-        schema=table.schema,
-        index_column_names=[schema.JOINID],
-        domain=[(0, max(0, len(table) - 1))],
-        platform_config=schema.table_options(),
-        tiledb_timestamp=1,
-    ).close()
-    with tiledbsoma.open(str(path), "w") as frame:
-        frame.write(table)
-
-
-def _open_x(target: Path, place: Path, shape: tuple[int, int], *, append: bool) -> Any:
-    """X of the new store, open for writing: a fresh one, or one that shares the old fragments."""
-    path = _x_path(place)
-    path.parent.mkdir(parents=True)
-    if append:
-        link_tree(_x_path(target), path)
-        with tiledbsoma.open(str(path), "w") as x:
-            x.resize(shape)
-    else:
-        tiledbsoma.SparseNDArray.create(
-            str(path), type=pa.float32(), shape=shape, platform_config=schema.x_options()
-        ).close()
-    return tiledbsoma.open(str(path), "w")
-
-
-def _write_block(x: Any, block: sparse.csr_matrix, first: int, num_genes: int) -> None:
-    if block.nnz == 0:
-        return
-    rows = np.arange(first, first + block.shape[0], dtype=np.int64)
-    table = pa.table(
-        {
-            "soma_dim_0": np.repeat(rows, np.diff(block.indptr)),
-            "soma_dim_1": block.indices.astype(np.int64),
-            "soma_data": block.data,
-        }
-    )
-    # compressed rows are in TileDB's own order as long as one tile spans all genes
-    ordered = tiledbsoma.TileDBWriteOptions(sort_coords=num_genes > schema.GENE_TILE)
-    x.write(table, platform_config=ordered)
-
-
 def _own_columns(source: Source, cells: Cells, kept: npt.NDArray[np.bool_]) -> pa.Table:
     count = int(kept.sum())
     measured = len(set(source.genes.feature_ids))
@@ -284,7 +210,7 @@ class _Writer:
             part = kept[row : row + block.shape[0]]
             row += block.shape[0]
             block = block if part.all() else block[part]
-            _write_block(x, block, self.next_joinid, len(self.genes.ids))
+            write_block(x, block, self.next_joinid, len(self.genes.ids))
             self.gene_cells += np.bincount(block.indices, minlength=len(self.genes.ids))
             self.next_joinid += block.shape[0]
             counts += float(block.data.sum(dtype=np.float64))
@@ -350,18 +276,18 @@ def _build(
         next_joinid=existing.num_cells,
     )
     shape = (total, len(genes.ids))
-    with _open_x(target, place, shape, append=existing.obs is not None) as x:
+    with open_x(target, place, shape, append=existing.obs is not None) as x:
         for number, (source, mask) in enumerate(zip(files, kept, strict=True), start=1):
             writer.write(x, number, source, mask)
     assert writer.next_joinid == total, f"wrote {writer.next_joinid} cells of {total}"
-    _write_table(place / "obs", schema.unify(writer.obs))
+    write_table(place / "obs", schema.unify(writer.obs))
     var = {
         "feature_id": pa.array(genes.ids, pa.large_string()),
         "feature_name": pa.array(genes.names, pa.large_string()),
         schema.NUM_NONZERO: writer.gene_cells,
     }
-    _write_table(_measurement(place) / "var", pa.table(var))
-    _create_groups(place, writer.ledger)
+    write_table(measurement_path(place) / "var", pa.table(var))
+    create_groups(place, writer.ledger)
     return writer
 
 

@@ -1,0 +1,134 @@
+"""Writing the arrays of a SOMA experiment in the training layout: obs, var, X and their groups.
+
+Legend: N cells of a block, V genes of a measurement.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import tiledbsoma
+from scipy import sparse
+
+from cellray.data import schema
+from cellray.data.staging import link_tree
+
+__all__ = [
+    "create_groups",
+    "create_x",
+    "measurement_path",
+    "open_x",
+    "write_block",
+    "write_table",
+    "x_path",
+]
+
+
+def measurement_path(place: Path, measurement: str = schema.MEASUREMENT) -> Path:
+    """Where a measurement of the store at ``place`` is."""
+    return place / "ms" / measurement
+
+
+def x_path(place: Path, measurement: str = schema.MEASUREMENT, layer: str = schema.LAYER) -> Path:
+    """Where an X layer of the store at ``place`` is."""
+    return measurement_path(place, measurement) / "X" / layer
+
+
+def create_groups(
+    place: Path,
+    ledger: Sequence[dict[str, Any]],
+    *,
+    measurements: Sequence[str] = (schema.MEASUREMENT,),
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """Tie obs and the measurements' var and X at ``place`` together into an experiment.
+
+    Args:
+        place: a folder that holds ``obs`` and, for each measurement, ``var`` and ``X/raw``.
+        ledger: one JSON-like entry for each file that is in the store.
+        measurements: names of the measurements.
+        metadata: further metadata of the experiment.
+    """
+    with tiledbsoma.Experiment.create(str(place)) as experiment:
+        experiment.metadata[schema.META_FORMAT] = schema.FORMAT_VERSION
+        experiment.metadata[schema.META_LEDGER] = json.dumps(ledger)
+        for key, value in (metadata or {}).items():
+            experiment.metadata[key] = value
+        collection = experiment.add_new_collection("ms")
+        members = [(experiment, "obs", place / "obs")]
+        for name in measurements:
+            group = collection.add_new_collection(name, tiledbsoma.Measurement)
+            members.append((group, "var", measurement_path(place, name) / "var"))
+            layers = group.add_new_collection("X")
+            members.append((layers, schema.LAYER, x_path(place, name)))
+        for parent, name, path in members:
+            with tiledbsoma.open(str(path)) as member:
+                parent.set(name, member, use_relative_uri=True)
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write obs or var whole, with joinids 0 .. n-1."""
+    joinids = pa.array(np.arange(len(table), dtype=np.int64))
+    table = table.add_column(0, schema.JOINID, joinids)
+    # Created in the past and opened again: TileDB keeps labels of dictionary columns in a later
+    # version of the schema, and finds it by its time, which must differ from that of the first.
+    tiledbsoma.DataFrame.create(
+        str(path),
+        schema=table.schema,
+        index_column_names=[schema.JOINID],
+        domain=[(0, max(0, len(table) - 1))],
+        platform_config=schema.table_options(),
+        tiledb_timestamp=1,
+    ).close()
+    with tiledbsoma.open(str(path), "w") as frame:
+        frame.write(table)
+
+
+def create_x(path: Path, shape: tuple[int, int]) -> None:
+    """Create an empty X layer of ``shape`` (cells, V) at ``path``; parents are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tiledbsoma.SparseNDArray.create(
+        str(path), type=pa.float32(), shape=shape, platform_config=schema.x_options()
+    ).close()
+
+
+def open_x(target: Path, place: Path, shape: tuple[int, int], *, append: bool) -> Any:
+    """X of the new store, open for writing: a fresh one, or one that shares the old fragments."""
+    path = x_path(place)
+    if append:
+        path.parent.mkdir(parents=True)
+        link_tree(x_path(target), path)
+        with tiledbsoma.open(str(path), "w") as x:
+            x.resize(shape)
+    else:
+        create_x(path, shape)
+    return tiledbsoma.open(str(path), "w")
+
+
+def write_block(x: Any, block: sparse.csr_matrix, first: int, num_genes: int) -> None:
+    """Write N cells as one fragment.
+
+    Args:
+        x: an X layer, open for writing.
+        block: (N, V) counts, genes ascending within a cell, no zeros.
+        first: joinid of the block's first cell.
+        num_genes: V of the store.
+    """
+    if block.nnz == 0:
+        return
+    rows = np.arange(first, first + block.shape[0], dtype=np.int64)
+    table = pa.table(
+        {
+            "soma_dim_0": np.repeat(rows, np.diff(block.indptr)),
+            "soma_dim_1": block.indices.astype(np.int64),
+            "soma_data": block.data,
+        }
+    )
+    # compressed rows are in TileDB's own order as long as one tile spans all genes
+    ordered = tiledbsoma.TileDBWriteOptions(sort_coords=num_genes > schema.GENE_TILE)
+    x.write(table, platform_config=ordered)
