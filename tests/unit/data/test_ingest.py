@@ -325,14 +325,14 @@ def test_links_become_copies_where_they_must(one, two, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from cellray.data import ingest as module
-real = module._write_block
+real = module.write_block
 seen = []
 def write(*args):
     real(*args)
     seen.append(1)
     if len(seen) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
-module._write_block = write
+module.write_block = write
 module.ingest(module.IngestConfig(files=[sys.argv[1]], uri=sys.argv[2], cells_per_block=5))
 """
 
