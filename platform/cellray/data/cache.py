@@ -252,6 +252,8 @@ class TokenCache:
             raise _DamagedError("it belongs to another cache")
         if told.get(b"cellray_checksum", b"").decode() != _checksum(ids, offsets, *flat):
             raise _DamagedError("its checksum is wrong")
+        if not np.array_equal(ids, self.cells(shard)):
+            raise _DamagedError("it holds other cells")
         return TokenBlock(ids, offsets.astype(np.int64), *flat)
 
     def _shard(self, shard: int) -> TokenBlock:

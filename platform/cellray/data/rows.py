@@ -54,13 +54,15 @@ def _reduce(
     total = 0.0
     i = 0
     n = len(joinids)
+    num_genes = len(gene_map)
     while i < n:
         cell = joinids[i]
         total = 0.0
         while i < n and joinids[i] == cell:
             count = counts[i]
             total += count
-            gene = gene_map[genes[i]]
+            # a gene beyond the map was added to the store after it was opened
+            gene = gene_map[genes[i]] if genes[i] < num_genes else np.int32(-1)
             if gene >= 0 and count != 0:
                 out_genes[kept] = gene
                 out_counts[kept] = count
