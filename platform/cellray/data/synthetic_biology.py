@@ -9,7 +9,8 @@ A pure function of the configuration. The rate of gene g in cell c, as a share o
              + sum over regulators r of g: weight (activity_r(c) - 1)
              + sum over pathways p of g: loading level_p(c)
 
-and a regulator's own rate is multiplied by its activity. A knock-out sets the activity to 0: the
+and a regulator's own rate is multiplied by its activity, which is normal about the type's mean and
+not below 0 (a lognormal one would give its targets an infinite mean). A knock-out sets the activity to 0: the
 regulator's counts vanish, and each target's log rate falls by weight x activity.
 
 Legend: V genes, T types, D datasets, K regulators, P pathways, M tissues.
@@ -42,7 +43,7 @@ _NOT_CODING = re.compile(
 _SHIFT = 10.0  # of the Zipf law: the most frequent gene has about 1 %, not 9 %
 _MITOCHONDRIAL_SHARE = 0.06
 _FIRST_RANK = 20  # genes with a role are not among the most frequent
-_REGULATOR_SPREAD = 0.5  # of a regulator's log-activity over cells of a type
+_REGULATOR_SPREAD = 0.5  # of a regulator's activity over cells of a type, relative to its mean
 _PATHWAY_SPREAD = 0.5  # of a pathway's level over cells of a type
 _OWN_TYPES = 0.7  # share of a tissue's cells that are of the types it prefers
 _ROLES = ("housekeeping", "mitochondrial", "regulator", "target", "pathway", "lineage marker",
@@ -130,7 +131,7 @@ class Biology:
 
     @property
     def spreads(self) -> F64:
-        """(2,) spread over cells of a regulator's log-activity and of a pathway's level."""
+        """(2,) spread over cells: of a regulator's relative activity, of a pathway's level."""
         return np.array([_REGULATOR_SPREAD, _PATHWAY_SPREAD])
 
     def batch_log_fold(self, dataset: int) -> F32:
@@ -145,12 +146,12 @@ class Biology:
         normal = random.standard_normal(len(self.gene_ids), dtype=np.float32)
         return normal * np.float32(self.config.donor_strength)
 
-    def rates(self, donor: int, cell_type: int) -> F32:
-        """(V,) shares of the library size in cells of a donor and type; sum to 1."""
+    def rates(self, donor: int, cell_types: I64) -> F32:
+        """(G, V) shares of the library size in cells of a donor, by type; each row sums to 1."""
         dataset = donor // self.config.donors_per_dataset
         effect = self.batch_log_fold(dataset) + self.donor_log_fold(donor)
-        rates = self.base * np.exp(effect + self.type_log_fold[cell_type])
-        return np.asarray(rates / rates.sum(), dtype=np.float32)
+        rates = self.base * np.exp(effect + self.type_log_fold[cell_types])
+        return np.asarray(rates / rates.sum(axis=1, keepdims=True), dtype=np.float32)
 
     def donor_diseased(self) -> npt.NDArray[np.bool_]:
         """(donors,) who is diseased."""

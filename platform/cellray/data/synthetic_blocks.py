@@ -17,10 +17,11 @@ import ray
 import tiledbsoma
 
 from cellray.core.errors import DataError
-from cellray.data.digest import cell_hashes, hash64
+from cellray.data.digest import hash64
 from cellray.data.synthetic_biology import Biology, biology
 from cellray.data.synthetic_cells import cell_facts, draw_counts
 from cellray.data.synthetic_config import SynthesizeConfig
+from cellray.data.synthetic_kernels import hash_cells
 from cellray.data.writer import write_block, x_path
 
 __all__ = ["BlockDone", "BlockJob", "write_blocks"]
@@ -85,7 +86,9 @@ def _write(job: BlockJob, first: int, last: int) -> BlockDone:
         first=first,
         sums=np.diff(total[block.indptr]),
         nonzero=np.diff(block.indptr).astype(np.int64),
-        hashes=cell_hashes(block.indptr, block.indices, block.data, gene_hashes),
+        hashes=hash_cells(
+            block.indptr, block.indices, block.data.view(np.uint32), gene_hashes
+        ),
         gene_cells=np.bincount(block.indices, minlength=job.config.num_genes),
     )
 

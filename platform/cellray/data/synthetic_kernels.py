@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
-__all__ = ["alias_table", "draw_cells"]
+__all__ = ["alias_table", "draw_cells", "hash_cells"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
@@ -31,6 +31,10 @@ _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _TO_UNIT = 2.0**-53
 _TO_UNIT_32 = 2.0**-32
+_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
+_BIT = np.zeros(64, np.int64)
+for _position in range(64):
+    _BIT[((0x03F79D71B4CB0A89 << _position) & (2**64 - 1)) >> 58] = _position
 _SMALL_MEAN = 12.0  # below it a Poisson draw is inverted, above it rejected from a hat
 
 
@@ -40,13 +44,19 @@ def _kernel(function: F) -> F:
 
 
 @_kernel
-def _next(state: Array) -> Any:
-    """64 random bits of a cell's own SplitMix64 sequence; ``state`` is (1,) uint64."""
-    z = state[0] + _GOLDEN
-    state[0] = z
+def _splitmix(z: Any) -> Any:
+    z += _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
     z = (z ^ (z >> np.uint64(27))) * _MIX_2
     return z ^ (z >> np.uint64(31))
+
+
+@_kernel
+def _next(state: Array) -> Any:
+    """64 random bits of a cell's own SplitMix64 sequence; ``state`` is (1,) uint64."""
+    z = state[0]
+    state[0] = z + _GOLDEN
+    return _splitmix(z)
 
 
 @_kernel
@@ -236,16 +246,15 @@ def _activities(
     means: Array, shift: float, knocked: int, num_regulators: int, noise: Array, state: Array,
     activity: Array,
 ) -> None:  # fmt: skip
-    """Draw a cell's activities: regulators lognormal about their mean, pathways normal.
+    """Draw a cell's activities: normal about their means, those of regulators not below 0.
 
     ``activity`` (S,) receives, for K regulators and P pathways, K activities less 1 (what edges
     weigh), K logarithms of activities (what the regulator's own rate follows), P levels.
     """
-    spread = noise[0]
     for k in range(num_regulators):
-        level = means[k] * math.exp(spread * _normal(state) - 0.5 * spread * spread)
+        level = max(0.0, means[k] * (1.0 + noise[0] * _normal(state)))
         activity[k] = level - 1.0
-        activity[num_regulators + k] = math.log(level)
+        activity[num_regulators + k] = math.log(level) if level > 0.0 else -math.inf
     for s in range(2 * num_regulators, len(activity)):
         activity[s] = means[s - num_regulators] + noise[1] * _normal(state)
     if len(activity) > 2 * num_regulators:
@@ -257,13 +266,9 @@ def _activities(
 
 @_kernel
 def _lowest_bit(word: Any) -> int:
-    """Position of the lowest set bit of a word that is not 0."""
+    """Position of the lowest set bit of a word that is not 0, by a de Bruijn sequence."""
     low = word & (~word + np.uint64(1))
-    position = 0
-    for step in (32, 16, 8, 4, 2, 1):
-        if low >> np.uint64(position + step):
-            position += step
-    return position
+    return int(_BIT[(low * _DE_BRUIJN) >> np.uint64(58)])
 
 
 @_kernel
@@ -316,7 +321,8 @@ def draw_cells(
         other: (G, V) int32, likewise.
         mass: (G,) sum of the rates of the genes that are not dynamic.
         means: (G, K + P) mean activities of K regulators and P pathways.
-        noise: (2,) spread of a regulator's log-activity, and of a pathway's level, over cells.
+        noise: (2,) spread of a regulator's activity as a share of its mean, and of a pathway's
+            level, over cells.
         dynamic: (D,) int64 dynamic genes.
         pointers: (D+1,) offsets of each dynamic gene's loadings.
         sources: (E,) the state that is loaded; see ``_activities``.
@@ -360,3 +366,25 @@ def draw_cells(
         used = _collect(seen, counts, genes, values, used)
         indptr[i + 1] = used
     return indptr, genes[:used], values[:used]
+
+
+@_kernel
+def hash_cells(indptr: Array, genes: Array, bits: Array, gene_hashes: Array) -> Array:
+    """What :func:`cellray.data.digest.cell_hashes` gives, without its temporary arrays.
+
+    Args:
+        indptr: (N+1,) offsets.
+        genes: (Z,) rows of ``gene_hashes``.
+        bits: (Z,) uint32, the float32 counts as bits.
+        gene_hashes: (V,) uint64.
+
+    Returns:
+        (N,) uint64.
+    """
+    result = np.zeros(len(indptr) - 1, np.uint64)
+    for i in range(len(result)):
+        total = np.uint64(0)
+        for j in range(indptr[i], indptr[i + 1]):
+            total += _splitmix(gene_hashes[genes[j]] ^ _splitmix(np.uint64(bits[j])))
+        result[i] = total
+    return result
