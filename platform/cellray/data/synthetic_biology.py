@@ -3,15 +3,15 @@
 A pure function of the configuration. The rate of gene g in cell c, as a share of its library size:
 
     log rate = log base_g                              Zipf-like over genes
-             + type_log_fold[type, g]                  markers of lineage and type, and a little of all
+             + type_log_fold[type, g]                  markers, and a little of every gene
              + batch_log_fold[dataset, g] + donor      normal over genes
              - log(sum over genes)                     so that every group of cells sums to 1
              + sum over regulators r of g: weight (activity_r(c) - 1)
              + sum over pathways p of g: loading level_p(c)
 
-and a regulator's own rate is multiplied by its activity, which is normal about the type's mean and
-not below 0 (a lognormal one would give its targets an infinite mean). A knock-out sets the activity to 0: the
-regulator's counts vanish, and each target's log rate falls by weight x activity.
+and a regulator's own rate is multiplied by its activity, which is normal about the type's mean
+and not below 0 (a lognormal one would give its targets an infinite mean). A knock-out sets the
+activity to 0: the regulator's counts vanish, and each target's log rate falls by weight x activity.
 
 Legend: V genes, T types, D datasets, K regulators, P pathways, M tissues.
 """

@@ -86,9 +86,7 @@ def _write(job: BlockJob, first: int, last: int) -> BlockDone:
         first=first,
         sums=np.diff(total[block.indptr]),
         nonzero=np.diff(block.indptr).astype(np.int64),
-        hashes=hash_cells(
-            block.indptr, block.indices, block.data.view(np.uint32), gene_hashes
-        ),
+        hashes=hash_cells(block.indptr, block.indices, block.data.view(np.uint32), gene_hashes),
         gene_cells=np.bincount(block.indices, minlength=job.config.num_genes),
     )
 

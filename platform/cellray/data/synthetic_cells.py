@@ -219,14 +219,12 @@ def labels(atlas: Biology) -> Labels:
     return Labels(
         datasets=[f"dataset_{d:03d}" for d in range(config.num_datasets)],
         donors=[f"donor_{d:03d}_{i}" for d in range(config.num_datasets) for i in range(per)],
-        types=[f"type_{t:03d} of lineage_{atlas.lineage_of[t]:02d}" for t in range(config.num_types)],
+        types=[f"type_{t:03d} of lineage_{i:02d}" for t, i in enumerate(atlas.lineage_of)],
         lineages=[f"lineage_{i:02d}" for i in range(config.num_lineages)],
         tissues=[f"tissue_{i:02d}" for i in range(config.num_tissues)],
         assays=["10x 3' v2", "10x 3' v3", "10x 5' v1"],
         pathways=[f"pathway_{i:03d}" for i in range(config.num_pathways)],
-        knockouts=[
-            f"KO {atlas.gene_names[g]}" for g in atlas.regulators[: config.num_knockouts]
-        ],
+        knockouts=[f"KO {atlas.gene_names[g]}" for g in atlas.regulators[: config.num_knockouts]],
     )
 
 

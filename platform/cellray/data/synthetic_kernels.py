@@ -121,7 +121,7 @@ def _cluster(x: float, v: float, state: Array) -> int:
         return 1
     q = -math.expm1(-math.log1p(x) * _uniform(state))
     if v <= q * q:
-        return int(math.floor(1.0 + math.log(v) / math.log(q)))
+        return math.floor(1.0 + math.log(v) / math.log(q))
     return 1 if v >= q else 2
 
 

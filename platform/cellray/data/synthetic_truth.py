@@ -1,5 +1,6 @@
 """The truth of a synthetic atlas as tables, how it lies in the store, and reading it back.
 
+Where it lies:
     <store>/ms/RNA/uns/truth/<table>           SOMA data frames, one for each table of Truth
     <store>/ms/RNA/uns/truth/<name>_log_fold   dense arrays, types or datasets x V
     experiment metadata ``cellray_synthetic``  the configuration, as JSON

@@ -20,7 +20,7 @@ __all__ = ["SynthesizeResult", "check_synthesize", "run_synthesize"]
 
 Say = Callable[[str], None]
 
-_BYTES_PER_COUNT = 1.8  # on disk per non-zero count, measured at the defaults (66 MB for 20,000 cells)
+_BYTES_PER_COUNT = 1.8  # on disk, measured: 66 MB for 20,000 cells at the defaults
 
 
 @dataclass(frozen=True)
