@@ -18,7 +18,16 @@ from cellray.core.draw import Draw
 from cellray.data.synthetic_biology import Biology
 from cellray.data.synthetic_kernels import alias_table, draw_cells
 
-__all__ = ["CellFacts", "Labels", "cell_facts", "draw_counts", "find_library_size", "labels"]
+__all__ = [
+    "CellFacts",
+    "Labels",
+    "cell_facts",
+    "dataset_of",
+    "draw_counts",
+    "find_library_size",
+    "labels",
+    "obs_frame",
+]
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
@@ -36,7 +45,8 @@ class CellFacts:
 
     Attributes:
         cells: (N,) indices, which are joinids.
-        dataset: (N,) dataset of each.
+        source: (N,) the cell whose content each has: another one for a duplicate, else itself.
+        dataset: (N,) dataset the cell was made in, that of ``source``.
         donor: (N,) donor, counted over all datasets.
         cell_type: (N,) type.
         knockout: (N,) knocked-out regulator, or -1.
@@ -44,11 +54,32 @@ class CellFacts:
     """
 
     cells: I64
+    source: I64
     dataset: I64
     donor: I64
     cell_type: I64
     knockout: I64
     log_library: F64
+
+
+def dataset_of(atlas: Biology, cells: I64) -> I64:
+    """(N,) the dataset in which each cell lies."""
+    return np.searchsorted(atlas.dataset_starts, cells, side="right") - 1
+
+
+def _sources(atlas: Biology, cells: I64) -> I64:
+    """(N,) the cell that each repeats: itself, or one of an earlier dataset that repeats none."""
+    fraction, draw = atlas.config.duplicated_fraction, Draw(atlas.config.seed)
+    if not fraction:
+        return cells
+    before = atlas.dataset_starts[dataset_of(atlas, cells)]
+    chosen = (draw.uniform("original", cells) * before).astype(np.int64)
+
+    def repeats(some: I64) -> npt.NDArray[np.bool_]:
+        inside = some >= atlas.dataset_starts[1]
+        return np.asarray(inside & (draw.uniform("duplicate", some) < fraction))
+
+    return np.where(repeats(cells) & ~repeats(chosen), chosen, cells)
 
 
 def cell_facts(atlas: Biology, cells: I64) -> CellFacts:
@@ -59,21 +90,23 @@ def cell_facts(atlas: Biology, cells: I64) -> CellFacts:
         cells: (N,) indices, 0 .. num_cells-1, in any order.
     """
     config, draw = atlas.config, Draw(atlas.config.seed)
-    dataset = np.searchsorted(atlas.dataset_starts, cells, side="right") - 1
-    local = (draw.uniform("donor", cells) * config.donors_per_dataset).astype(np.int64)
+    source = _sources(atlas, cells)
+    dataset = dataset_of(atlas, source)
+    local = (draw.uniform("donor", source) * config.donors_per_dataset).astype(np.int64)
     cumulative = np.cumsum(atlas.dataset_mix, axis=1)
     cumulative[:, -1] = 1.0
-    wanted = draw.uniform("type", cells)
+    wanted = draw.uniform("type", source)
     kind = np.empty(len(cells), dtype=np.int64)
     for one in np.unique(dataset):
         inside = dataset == one
         kind[inside] = np.searchsorted(cumulative[one], wanted[inside], side="right")
-    perturbed = draw.uniform("perturbed", cells) < config.perturbed_fraction
-    which = (draw.uniform("knockout", cells) * config.num_knockouts).astype(np.int64)
+    perturbed = draw.uniform("perturbed", source) < config.perturbed_fraction
+    which = (draw.uniform("knockout", source) * config.num_knockouts).astype(np.int64)
     knockout = np.where(perturbed & (config.num_knockouts > 0), which, -1)
-    normal = ndtri(np.clip(draw.uniform("library", cells), 1e-12, 1 - 1e-12))
+    normal = ndtri(np.clip(draw.uniform("library", source), 1e-12, 1 - 1e-12))
     return CellFacts(
         cells=cells,
+        source=source,
         dataset=dataset,
         donor=dataset * config.donors_per_dataset + local,
         cell_type=kind,
@@ -104,7 +137,7 @@ def _draw(
     means = np.concatenate([atlas.regulator_activity, atlas.pathway_activity], axis=1)[kinds]
     diseased = atlas.donor_diseased()[facts.donor]
     indptr, genes, counts = draw_cells(
-        Draw(config.seed).cell_keys("counts", facts.cells),
+        Draw(config.seed).cell_keys("counts", facts.source),
         group.astype(np.int64),
         library_size * np.exp(facts.log_library),
         facts.knockout,
@@ -153,6 +186,7 @@ def draw_counts(atlas: Biology, facts: CellFacts, library_size: float) -> sparse
 def _take(facts: CellFacts, rows: I64) -> CellFacts:
     return CellFacts(
         cells=facts.cells[rows],
+        source=facts.source[rows],
         dataset=facts.dataset[rows],
         donor=facts.donor[rows],
         cell_type=facts.cell_type[rows],
@@ -234,7 +268,8 @@ def _category(codes: I64, words: list[str]) -> pd.Categorical:
 
 def obs_frame(atlas: Biology, facts: CellFacts) -> pd.DataFrame:
     """What obs says of N cells, beside what is counted: string columns are categorical."""
-    config, words = atlas.config, labels(atlas)
+    words = labels(atlas)
+    batch = dataset_of(atlas, facts.cells)
     assay = facts.dataset % len(words.assays)
     columns: Mapping[str, pd.Categorical | npt.NDArray[np.generic]] = {
         "cell_type": _category(facts.cell_type, words.types),
@@ -242,14 +277,13 @@ def obs_frame(atlas: Biology, facts: CellFacts) -> pd.DataFrame:
         "donor_id": _category(facts.donor, words.donors),
         "tissue": _category(atlas.dataset_tissue[facts.dataset], words.tissues),
         "tissue_general": _category(atlas.dataset_tissue[facts.dataset], words.tissues),
-        "batch": _category(facts.dataset, words.datasets),
+        "batch": _category(batch, words.datasets),
         "assay": _category(assay, words.assays),
         "sex": _category(atlas.donor_female()[facts.donor].astype(int), ["male", "female"]),
         "disease": _category(
             atlas.donor_diseased()[facts.donor].astype(int), ["normal", "synthetic disease"]
         ),
         "perturbation": _category(facts.knockout + 1, [CONTROL, *words.knockouts]),
-        "is_primary_data": np.ones(len(facts.cells), dtype=bool),
+        "is_primary_data": facts.source == facts.cells,
     }
-    assert config.num_cells >= len(facts.cells)
     return pd.DataFrame(columns)

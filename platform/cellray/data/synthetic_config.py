@@ -52,8 +52,12 @@ class SynthesizeConfig(Section):
         genes_per_pathway: members of each.
         num_knockouts: regulators that are knocked out in some cells.
         perturbed_fraction: of cells, those with a knock-out.
+        duplicated_fraction: chance of a cell behind the first dataset to repeat one of an earlier
+            dataset, counts, donor and all, as happens in the Census; obs ``is_primary_data`` is
+            then false. A cell that would repeat a repeated one is made anew.
         cells_per_block: cells made and written at a time, one fragment of X each.
         workers: Ray tasks at a time; 0 takes all CPUs, 1 works in this process without Ray.
+            On several machines ``uri`` has to be on a file system that they share.
     """
 
     uri: str = ""
@@ -88,6 +92,7 @@ class SynthesizeConfig(Section):
     genes_per_pathway: int = Field(default=20, ge=0)
     num_knockouts: int = Field(default=10, ge=0)
     perturbed_fraction: float = Field(default=0.1, ge=0, le=1)
+    duplicated_fraction: float = Field(default=0.0, ge=0, lt=1)
     cells_per_block: int = Field(default=4096, ge=1)
     workers: int = Field(default=0, ge=0)
 

@@ -247,6 +247,25 @@ def test_genes_are_real_ones_first_and_made_up_ones_at_the_end():
     assert {len(g) for g in many} == {15}
 
 
+def test_duplicates_repeat_a_cell_of_an_earlier_dataset_and_are_not_primary():
+    plain = synthesize_anndata(config(num_cells=2000, library_size=400.0))
+    found = synthesize_anndata(config(num_cells=2000, library_size=400.0, duplicated_fraction=0.3))
+    assert plain.obs["is_primary_data"].all()
+    primary = found.obs["is_primary_data"].to_numpy()
+    first = (found.obs["dataset_id"] == "dataset_000").to_numpy()
+    assert primary[first].all()
+    assert (~primary[~first]).mean() == pytest.approx(0.3 * 0.75, abs=0.06)
+    assert (found.X[primary] != plain.X[primary]).nnz == 0
+    originals = found.obs[primary].set_index("cell_hash")
+    repeated = found.obs[~primary]
+    assert originals.index.is_unique
+    origin = originals.loc[repeated["cell_hash"]]
+    for column in ("donor_id", "cell_type", "perturbation", "raw_sum", "tissue", "assay"):
+        assert origin[column].tolist() == repeated[column].tolist(), column
+    assert (origin["dataset_id"].cat.codes.to_numpy()
+            < repeated["dataset_id"].cat.codes.to_numpy()).all()  # fmt: skip
+
+
 def test_an_atlas_without_regulation_pathways_and_markers():
     plain = synthesize_anndata(
         config(num_cells=50, num_regulators=0, num_knockouts=0, num_pathways=0, num_types=1,
