@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -281,8 +282,10 @@ def synthesize(
         try:
             create_x(x_path(place), (config.num_cells, config.num_genes))
             job = BlockJob(config, str(place), library_size)
-            for block in write_blocks(job, workers=config.workers):
-                tally.add(block)
+            # closed before the staging folder goes, so that no worker writes into it any more
+            with closing(write_blocks(job, workers=config.workers)) as blocks:
+                for block in blocks:
+                    tally.add(block)
             _write_obs(place / "obs", _obs_tables(atlas, tally), config.num_cells)
             write_table(measurement_path(place) / "var", _var(atlas, tally.gene_cells))
             create_groups(place, _ledger(atlas, tally))

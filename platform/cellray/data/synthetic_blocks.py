@@ -6,7 +6,7 @@ any number of processes may write into one array at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -91,7 +91,9 @@ def _write(job: BlockJob, first: int, last: int) -> BlockDone:
     )
 
 
-def _in_tasks(job: BlockJob, ranges: Sequence[Range], workers: int) -> Iterator[BlockDone]:
+def _in_tasks(
+    job: BlockJob, ranges: Sequence[Range], workers: int
+) -> Generator[BlockDone, None, None]:
     # not retried by Ray: a task that died behind its last write would write its cells twice
     task = ray.remote(num_cpus=1, max_retries=0)(_write)
     waiting = iter(ranges)
@@ -119,7 +121,7 @@ def _in_tasks(job: BlockJob, ranges: Sequence[Range], workers: int) -> Iterator[
             ray.wait(running, num_returns=len(running), timeout=60)
 
 
-def write_blocks(job: BlockJob, *, workers: int) -> Iterator[BlockDone]:
+def write_blocks(job: BlockJob, *, workers: int) -> Generator[BlockDone, None, None]:
     """Write all cells of an atlas into the X that is there, in any order.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -202,6 +203,22 @@ def test_an_atlas_that_fails_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         synthesize(config(uri=str(tmp_path / "x")), progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_workers_have_stopped_writing_when_an_atlas_fails(tmp_path, ray_cluster, monkeypatch):
+    monkeypatch.setattr(synthetic, "_PROGRESS_EVERY_S", 0.0)
+
+    def stop(line: str) -> None:
+        if " of 20,000 cells" in line:
+            raise KeyboardInterrupt
+
+    keys = {"uri": str(tmp_path / "x"), "num_cells": 20_000, "cells_per_block": 1000}
+    with pytest.raises(KeyboardInterrupt):
+        synthesize(config(**keys, workers=3), progress=stop)
+    assert list(tmp_path.iterdir()) == []
+    time.sleep(1.0)
     assert list(tmp_path.iterdir()) == []
 
 
