@@ -243,6 +243,8 @@ def _empty(name: str) -> pd.DataFrame:
 def load_truth(uri: str) -> Truth:
     """The planted truth of a synthetic atlas.
 
+    A store that files were ingested into afterwards is no longer one: it has no truth.
+
     Args:
         uri: a store that ``cellray synthesize`` wrote: a local folder or an object-store URI.
 

@@ -171,6 +171,8 @@ def test_a_file_can_be_ingested_into_an_atlas(folder, tmp_path):
     other.write_h5ad(tmp_path / "other.h5ad")
     report = ingest(IngestConfig(files=[str(tmp_path / "other.h5ad")], uri=target))
     assert (report.num_cells, report.num_genes) == (110, 400)
+    with pytest.raises(DataError, match="is not a synthetic atlas"):
+        load_truth(target)
     same = synthesize_anndata(config(num_cells=60))
     first = same[same.obs["dataset_id"] == "dataset_000"].copy()
     del first.uns["truth"]
