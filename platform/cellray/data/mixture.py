@@ -133,29 +133,29 @@ class MixturePlan:
         Returns:
             (last - first, cells_global / world) int64.
         """
-        begin = epoch * self.batches_per_epoch
         mine = np.asarray(rank_lanes(self.lanes, rank, world))
-        window = self.window_batches
+        size = self.window_batches
         parts = []
-        for start in range((begin + first) // window * window, begin + last, window):
-            whole = self._window(start, mine)
-            parts.append(whole[max(begin + first - start, 0) : begin + last - start])
+        for start in range(first // size * size, last, size):
+            window = self._window(epoch, start, min(start + size, self.batches_per_epoch), mine)
+            parts.append(window[max(first - start, 0) : last - start])
         share = self.cells_global // world
         return np.concatenate(parts).reshape(-1, share) if parts else np.zeros((0, share), np.int64)
 
-    def _window(self, start: int, lanes: I64) -> I64:
-        """(window_batches, L, cells of a lane) ids of steps ``start ..`` for some lanes."""
-        steps = self.window_batches
+    def _window(self, epoch: int, first: int, last: int, lanes: I64) -> I64:
+        """(last - first, L, cells of a lane) ids of one window of an epoch for some lanes."""
+        steps = last - first
+        begin = epoch * self.batches_per_epoch + first
         per_lane = self.cells_global // self.lanes
         window = np.empty((steps, len(lanes), per_lane), dtype=np.int64)
         position = np.zeros(self.lanes, dtype=np.int64)  # of a lane among those of its part
         for i in range(len(self.parts)):
             position[self.lane_parts == i] = np.arange(self.parts[i].lanes)
-        order = np.argsort(Draw(self.parts[0].seed).bits("mixture", start, np.arange(steps)))
+        order = np.argsort(Draw(self.parts[0].seed).bits("mixture", begin, np.arange(steps)))
         for i, part in enumerate(self.parts):
             here = np.flatnonzero(self.lane_parts[lanes] == i)
             if len(here):
-                ids = self._part_rows(part, start, start + steps, position[lanes[here]])
+                ids = self._part_rows(part, begin, begin + steps, position[lanes[here]])
                 window[:, here] = ids[order]
         return window
 

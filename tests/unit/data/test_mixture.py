@@ -47,10 +47,11 @@ def test_a_store_is_passed_through_whole_before_it_repeats():
     assert plan.batches_per_epoch == 700 // 12 == 58
     seen = np.concatenate(small)
     assert len(np.unique(seen)) == len(seen)  # a second pass has ids of its own
-    window = plan.window_batches
-    assert window == 16
+    assert plan.window_batches == 16
     first = without_repeats(np.concatenate(small[:32]))
     assert len(np.unique(first)) == 128
+    large = np.concatenate([r[stores_of(r) == 0] for r in plan.rows(0, 0, 58)])
+    assert len(np.unique(without_repeats(large))) == 58 * 12  # once each, the remainder of 4 apart
 
 
 @settings(max_examples=40, deadline=None)
