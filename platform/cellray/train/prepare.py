@@ -78,7 +78,13 @@ def select_cells(
     Raises:
         DataError: no such store, measurement, layer or column, a bad filter, or nothing selected.
     """
-    store = open_store(data.uri, measurement=data.measurement, layer=data.layer)
+    store = open_store(
+        data.uri,
+        measurement=data.measurement,
+        layer=data.layer,
+        timestamp=data.timestamp,
+        tiledb=data.tiledb,
+    )
     known = store.obs_columns()
     named = columns(known) if callable(columns) else columns
     wanted = [*data.covariates, *named, *([data.split.by] if data.split.by else [])]
