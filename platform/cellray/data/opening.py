@@ -31,13 +31,9 @@ def open_experiment(uri: str, options: Settings = (), *, at_ms: int | None = Non
         refuse_missing(path)
     try:
         found = open_soma(uri, options, at_ms=at_ms)
-    except DataError:
-        if at_ms is not None:
-            _refuse_early(uri, options, at_ms)
-        if path is None and unfinished_copy(uri, options) is not None:
-            raise DataError(
-                f"'{uri}' is an unfinished copy, not a store; run the same `cellray copy` again"
-            ) from None
+    except DataError as error:
+        if error.__cause__ is None or path is not None:
+            _refuse_absent(uri, options, at_ms)
         raise
     if found.soma_type != "SOMAExperiment":
         if "census_data" in (found if found.soma_type == "SOMACollection" else ()):
@@ -46,6 +42,16 @@ def open_experiment(uri: str, options: Settings = (), *, at_ms: int | None = Non
     if at_ms is not None and not {"obs", "ms"} <= set(found):
         _refuse_early(uri, options, at_ms)
     return found
+
+
+def _refuse_absent(uri: str, options: Settings, at_ms: int | None) -> None:
+    """Raise if what is not there will be, or was not yet."""
+    if at_ms is not None:
+        _refuse_early(uri, options, at_ms)
+    if local_path(uri) is None and unfinished_copy(uri, options) is not None:
+        raise DataError(
+            f"'{uri}' is an unfinished copy, not a store; run the same `cellray copy` again"
+        ) from None
 
 
 def _refuse_early(uri: str, options: Settings, at_ms: int) -> None:

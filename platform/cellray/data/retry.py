@@ -67,7 +67,7 @@ def read_with_retry(
 
 
 def _failed(what: str, error: DataError, tries: int, seconds: float) -> str:
-    text, advice = brief(error), hint(error)
+    text, advice = brief(error).rstrip("."), hint(error)
     if not advice:
         advice = "check that the store is whole and can be read from every machine of the run"
     rest = "" if advice[1:] in text else f". {advice[0].upper()}{advice[1:]}"

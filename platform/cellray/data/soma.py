@@ -85,7 +85,7 @@ def open_store(
         except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
             raise DataError(f"'{uri}' cannot be read: {brief(error)}") from error
 
-    return read_with_retry(look, what=lambda: f"'{uri}'")
+    return read_with_retry(look, what=lambda: f"'{uri}'", tries=2)
 
 
 def _look(uri: str, options: Settings, asked: int | None, measurement: str, layer: str) -> Store:

@@ -216,6 +216,8 @@ def open_soma(uri: str, options: Settings = (), *, at_ms: int | None = None) -> 
     try:
         return tiledbsoma.open(uri, context=context(options, at_ms))
     except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
+        if "://" in uri and "not a valid TileDB array or group" in str(error):
+            raise DataError(f"there is no store at '{uri}'; check the uri") from None
         advice = hint(error)
         raise DataError(
             f"'{uri}' cannot be opened as a SOMA experiment: {brief(error)}"
