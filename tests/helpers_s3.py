@@ -191,7 +191,7 @@ class _Proxy(BaseHTTPRequestHandler):
                 paths[key] = paths.get(key, 0) + len(data)
         upstream.close()
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _serve  # noqa: N815
 
 
 def _main() -> None:
