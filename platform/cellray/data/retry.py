@@ -28,7 +28,7 @@ def read_with_retry(
     what: Callable[[], str],
     reopen: Callable[[], None] = lambda: None,
     tries: int = TRIES,
-    first_wait_s: float = _FIRST_WAIT_S,
+    first_wait_s: float | None = None,
 ) -> T:
     """Call ``read`` until it succeeds, a few times, and give what it gave: once, and whole.
 
@@ -41,14 +41,14 @@ def read_with_retry(
         what: names what is read, for the message, e.g. the store and the cells.
         reopen: called before each further try, to drop handles that a failure left unusable.
         tries: calls of ``read`` at most.
-        first_wait_s: seconds before the second call; each further wait is 4 times the one before,
-            give or take a half.
+        first_wait_s: seconds before the second call, 0.2 by default; each further wait is 4 times
+            the one before, give or take a half.
 
     Raises:
         DataError: a wrong request, or the storage failed ``tries`` times.
     """
     started = time.monotonic()
-    wait_s = first_wait_s
+    wait_s = _FIRST_WAIT_S if first_wait_s is None else first_wait_s
     for number in range(1, tries + 1):
         try:
             return read()
