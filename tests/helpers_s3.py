@@ -3,8 +3,9 @@
 In a process of its own because some calls of tiledbsoma hold the interpreter's lock while they
 wait for the server. Faults are set by posting JSON to ``/__faults`` of the proxy:
 
-    every   every n-th GET or HEAD of an object is a fault; 0: none
-    kind    "503", "500", "drop" (the connection is closed half-way), "hang" (no answer for hang_s)
+    every   every n-th GET or HEAD (or ``method``) of an object is a fault; 0: none
+    kind    "503", "500", "403", "drop" (the connection is closed half-way) or "hang" (no answer
+            for hang_s)
     limit   so many faults at most; -1: no limit
     delay_s each request is answered so much later
     match   only requests whose path contains this
@@ -16,6 +17,7 @@ wait for the server. Faults are set by posting JSON to ``/__faults`` of the prox
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import logging
 import subprocess
@@ -31,10 +33,18 @@ from typing import Any
 from pyarrow import fs
 
 CALM: dict[str, Any] = {
-    "every": 0, "kind": "503", "limit": -1, "delay_s": 0.0, "match": "", "hang_s": 30.0,
+    "every": 0, "kind": "503", "limit": -1, "delay_s": 0.0, "match": "", "hang_s": 5.0,
+    "method": "",
 }  # fmt: skip
 _BODY = '<?xml version="1.0"?><Error><Code>{}</Code><Message>made to fail</Message></Error>'
-_CODES = {"500": "InternalError", "503": "SlowDown"}
+_OF_CHUNKS = {
+    "transfer-encoding",
+    "content-encoding",
+    "x-amz-decoded-content-length",
+    "x-amz-trailer",
+    "x-amz-content-sha256",
+}
+_CODES = {"403": "AccessDenied", "500": "InternalError", "503": "SlowDown"}
 
 
 class S3:
@@ -49,6 +59,7 @@ class S3:
         return {
             "vfs.s3.endpoint_override": self.address if through_proxy else self.straight,
             "vfs.s3.region": "us-east-1",
+            "vfs.s3.no_sign_request": "true",  # no credentials in the tests' environment
         }
 
     def faults(self, **given: Any) -> None:
@@ -105,7 +116,8 @@ class _State:
         with self.lock:
             self.seen["requests"] += 1
             every = self.faults["every"]
-            if not every or method not in ("GET", "HEAD") or self.faults["match"] not in path:
+            wanted = [self.faults["method"]] if self.faults["method"] else ["GET", "HEAD"]
+            if not every or method not in wanted or self.faults["match"] not in path:
                 return False
             self._number += 1
             limit = self.faults["limit"]
@@ -113,6 +125,17 @@ class _State:
                 return False
             self.seen["faults"] += 1
             return True
+
+
+def _unchunked(stream: Any) -> bytes:
+    """The content of a body that comes as chunks: size in hexadecimal, bytes; trailers last."""
+    parts = []
+    while size := int(stream.readline().split(b";")[0], 16):
+        parts.append(stream.read(size))
+        stream.readline()
+    while stream.readline().strip():
+        pass
+    return b"".join(parts)
 
 
 class _Proxy(BaseHTTPRequestHandler):
@@ -134,15 +157,13 @@ class _Proxy(BaseHTTPRequestHandler):
         return False
 
     def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
-            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        while self.rfile.readline().strip():  # trailers
-            pass
-        return b"".join(parts)
+        if self.headers.get("Transfer-Encoding", "").lower() == "chunked":
+            body = _unchunked(self.rfile)
+        else:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if "aws-chunked" in self.headers.get("Content-Encoding", ""):
+            body = _unchunked(io.BytesIO(body))  # the server does not do it for unsigned requests
+        return body
 
     def _answer(self, status: int, body: bytes) -> None:
         self.send_response(status)
@@ -169,7 +190,7 @@ class _Proxy(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes, *, half: bool = False) -> None:
         upstream = http.client.HTTPConnection("127.0.0.1", self.state.upstream, timeout=60)
-        kept = {k: v for k, v in self.headers.items() if k.lower() != "transfer-encoding"}
+        kept = {k: v for k, v in self.headers.items() if k.lower() not in _OF_CHUNKS}
         kept["Content-Length"] = str(len(body))
         upstream.request(self.command, self.path, body, kept)
         found = upstream.getresponse()

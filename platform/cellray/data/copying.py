@@ -122,14 +122,13 @@ class _Clock:
 def _copy_file(source: _End, target: _End, name: str) -> None:
     if isinstance(target.place, fs.LocalFileSystem):
         Path(target.path(name)).parent.mkdir(parents=True, exist_ok=True)
-    fs.copy_files(
-        source.path(name),
-        target.path(name),
-        source_filesystem=source.place,
-        destination_filesystem=target.place,
-        chunk_size=_CHUNK_BYTES,
-        use_threads=False,
-    )
+    # not fs.copy_files, which says nothing when an upload fails as it is closed
+    with (
+        source.place.open_input_stream(source.path(name)) as old,
+        target.place.open_output_stream(target.path(name)) as new,
+    ):
+        while chunk := old.read(_CHUNK_BYTES):
+            new.write(chunk)
 
 
 def _take_place(source: _End, target: _End) -> dict[str, int]:
@@ -175,6 +174,10 @@ def _transfer(source: _End, target: _End, files: Mapping[str, int], progress: Pr
             f"'{source.uri}' has changed while it was copied; copy it again: what is there of it "
             "at the target is used"
         )
+    arrived = target.files()
+    short = [n for n, size in files.items() if arrived.get(n) != size and not _is_root(n)]
+    if short:
+        raise OSError(f"{len(short)} files have not arrived whole, e.g. {short[0]}")
     for name in sorted(filter(_is_root, missing), key=_root_order):
         _copy_file(source, target, name)
         clock.copied(files[name])

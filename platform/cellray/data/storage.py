@@ -100,7 +100,7 @@ def _known_keys() -> frozenset[str]:
 
 
 def _refuse(key: str, value: str) -> None:
-    if _SECRET.search(key.lower()) or "@" in urlsplit(f"//{value}").netloc:
+    if _SECRET.search(key.lower()) or "@" in value:
         raise ConfigError(
             f"tiledb '{key}' is a secret, which a configuration would copy into run directories "
             "and MLflow; leave it out and set it in the environment of every machine "
