@@ -12,7 +12,11 @@ SPECIALS = ("<pad>", "<cls>", "<eoc>", "<mask>")
 
 
 def source_and_plan(
-    data: DataSection, *, cells_global: int = 12, vocab: Vocab | None = None
+    data: DataSection,
+    *,
+    cells_global: int = 12,
+    vocab: Vocab | None = None,
+    tokenizer: str = "bins",
 ) -> tuple[TokenSource, EpochPlan]:
     """Select cells; the vocabulary is the store's unless one is given."""
     cells = select_cells(data)
@@ -25,7 +29,7 @@ def source_and_plan(
         store=cells.store,
         gene_map=gene_map(cells.store, vocab),
         vocab=vocab,
-        tokenizer={"name": "bins", "max_tokens": 30},
+        tokenizer={"name": tokenizer, "max_tokens": 30},
         joinids=cells.joinids,
         seed=3,
     )
