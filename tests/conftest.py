@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,17 @@ from helpers_cells import known_cells
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PANCREAS = REPOSITORY / "tests" / "data" / "pancreas"
+
+INTERRUPT = signal.getsignal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def _keeps_the_interrupt_handler():
+    """Ctrl-C must work after anything of ours: Ray Train and Ray Tune leave handlers behind."""
+    yield
+    left = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, INTERRUPT)
+    assert left is INTERRUPT, f"{left} is left as the handler of SIGINT"
 
 
 @pytest.fixture(scope="session")

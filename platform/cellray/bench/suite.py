@@ -126,7 +126,7 @@ def _setting(run: BenchmarkRun, tracker: Tracker | None, directory: Path) -> Set
     targets = unit.fit(cells.obs, run.task, split)
     template = ResultRow(
         task=unit.name,
-        dataset_id=Path(run.data.uri).name,
+        dataset_id="+".join(Path(uri).name for uri in run.data.uris),
         method="",
         method_family="baseline",
         status="skipped",
@@ -347,7 +347,7 @@ def _report(setting: Setting, board: pd.DataFrame, pictures: Mapping[str, Path])
     template = setting.template
     facts = {
         "task": template.task,
-        "data": f"{setting.run.data.uri} ({template.n_cells} cells, {template.n_genes} genes)",
+        "data": f"{setting.cells.store.uri} ({template.n_cells} cells, {template.n_genes} genes)",
         "data SHA-256": template.dataset_sha256,
         "held out": f"{template.split_unit} ({template.n_test} test cells)",
         "split SHA-256": template.split_sha256,

@@ -5,14 +5,15 @@ Legend: N cells in a block, Z non-zero counts of the block, T tokens of the bloc
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-__all__ = ["CellBlock", "TokenBlock", "row_ids"]
+__all__ = ["CellBlock", "TokenBlock", "join_blocks", "lay_out", "row_ids"]
 
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
@@ -50,19 +51,84 @@ class CellBlock:
 
     def take(self, rows: npt.NDArray[np.integer]) -> CellBlock:
         """The cells at ``rows`` (positions within this block), in that order."""
-        lengths = np.diff(self.indptr)[rows]
-        indptr = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=indptr[1:])
-        source = np.arange(indptr[-1], dtype=np.int64)
-        source += np.repeat(self.indptr[:-1][rows] - indptr[:-1], lengths)
+        indptr, genes, counts = _take(self.indptr, rows, self.genes, self.counts)
         return CellBlock(
             joinids=self.joinids[rows],
             indptr=indptr,
-            genes=self.genes[source],
-            counts=self.counts[source],
+            genes=genes,
+            counts=counts,
             library_sizes=self.library_sizes[rows],
             obs={name: column[rows] for name, column in self.obs.items()},
         )
+
+
+def _take(
+    indptr: I64, rows: npt.NDArray[np.integer], *flat: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], ...]:
+    """Offsets and flat arrays of the given rows, in their order."""
+    from cellray.core._gather import copy_rows  # compiled on first use
+
+    starts, lengths = indptr[:-1][rows], np.diff(indptr)[rows]
+    offsets = _offsets([lengths])
+    taken = [np.empty(offsets[-1], dtype=array.dtype) for array in flat]
+    for source, out in zip(flat, taken, strict=True):
+        copy_rows(source, starts, lengths, out, offsets[:-1])
+    return (offsets, *taken)
+
+
+def _offsets(lengths: Sequence[I64]) -> I64:
+    """Offsets of rows laid end to end."""
+    indptr = np.zeros(sum(len(part) for part in lengths) + 1, dtype=np.int64)
+    if lengths:
+        np.cumsum(np.concatenate(lengths), out=indptr[1:])
+    return indptr
+
+
+def join_blocks(blocks: Sequence[CellBlock], *, joinids: I64) -> CellBlock:
+    """Blocks laid end to end as one.
+
+    Args:
+        blocks: at least one, all with the same obs columns.
+        joinids: (N,) the ids of all their cells.
+    """
+    if len(blocks) == 1:
+        return replace(blocks[0], joinids=joinids)
+    return CellBlock(
+        joinids=joinids,
+        indptr=_offsets([np.diff(b.indptr) for b in blocks]),
+        genes=np.concatenate([b.genes for b in blocks]),
+        counts=np.concatenate([b.counts for b in blocks]),
+        library_sizes=np.concatenate([b.library_sizes for b in blocks]),
+        obs={name: np.concatenate([b.obs[name] for b in blocks]) for name in blocks[0].obs},
+    )
+
+
+def lay_out(parts: Sequence[tuple[I64, TokenBlock]], *, joinids: I64) -> TokenBlock:
+    """Put the cells of several token blocks where they belong.
+
+    Args:
+        parts: (places, block) each: the i-th cell of the block becomes cell ``places[i]``; all
+            blocks have tokens and values of the same types.
+        joinids: (N,) the ids of the cells in their new order.
+    """
+    from cellray.core._gather import copy_rows
+
+    if not parts:
+        nothing = np.zeros(0, dtype=np.int32)
+        indptr = np.zeros(len(joinids) + 1, dtype=np.int64)
+        return TokenBlock(joinids, indptr, nothing, nothing.astype(np.float32))
+    lengths = np.zeros(len(joinids), dtype=np.int64)
+    for places, block in parts:
+        lengths[places] = np.diff(block.indptr)
+    indptr = _offsets([lengths])
+    first = parts[0][1]
+    tokens = np.empty(indptr[-1], dtype=first.tokens.dtype)
+    values = np.empty(indptr[-1], dtype=first.values.dtype)
+    for places, block in parts:
+        starts, where = block.indptr[:-1], indptr[:-1][places]
+        for source, out in ((block.tokens, tokens), (block.values, values)):
+            copy_rows(source, starts, lengths[places], out, where)
+    return TokenBlock(joinids=joinids, indptr=indptr, tokens=tokens, values=values)
 
 
 @dataclass(frozen=True)
@@ -72,21 +138,37 @@ class TokenBlock:
     Shapes:
         joinids: (N,) int64.
         indptr: (N+1,) int64 offsets into ``tokens`` and ``values``.
-        tokens: (T,) int32 token ids (specials included).
-        values: (T,) float32, what accompanies each token (a bin, a rank value); a family's
-            tokenizer says what it means.
+        tokens: (T,) token ids (specials included), of any integer type: tokenizers give int32,
+            the token cache the narrowest type that holds the vocabulary.
+        values: (T,) what accompanies each token (a bin, a rank value), float32 or a narrow
+            integer; a family's tokenizer says what it means.
     """
 
     joinids: I64
     indptr: I64
-    tokens: I32
-    values: F32
+    tokens: npt.NDArray[np.integer]
+    values: npt.NDArray[np.number]
 
     def __len__(self) -> int:
         return len(self.joinids)
 
+    def take(self, rows: npt.NDArray[np.integer]) -> TokenBlock:
+        """The cells at ``rows`` (positions within this block), in that order."""
+        return TokenBlock(self.joinids[rows], *_take(self.indptr, rows, self.tokens, self.values))
+
+    def slice(self, first: int, last: int) -> TokenBlock:
+        """The cells ``first .. last`` (exclusive); shares memory."""
+        begin, end = self.indptr[first], self.indptr[last]
+        return TokenBlock(
+            joinids=self.joinids[first:last],
+            indptr=self.indptr[first : last + 1] - begin,
+            tokens=self.tokens[begin:end],
+            values=self.values[begin:end],
+        )
+
     def to_arrow(self) -> pa.Table:
-        """Columns ``joinid`` int64, ``tokens`` list<int32>, ``values`` list<float32>; no copy."""
+        """Columns ``joinid`` int64, ``tokens`` list<integer>, ``values`` list<number>; no copy."""
+        assert self.indptr[-1] < 1 << 31, "a token block holds fewer than 2^31 tokens"
         offsets = pa.array(self.indptr.astype(np.int32))
         return pa.table(
             {

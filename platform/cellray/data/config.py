@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from cellray.core.section import Section
 
@@ -28,7 +30,9 @@ class DataSection(Section):
 
     Attributes:
         uri: a SOMA experiment, one of ours or one of the CELLxGENE Census: a local folder or an
-            object-store address.
+            object-store address; or a list of them, read as a mixture.
+        weights: one number a store: its share of every global batch, in any scale; none takes the
+            stores by their numbers of selected cells.
         timestamp: read the store as it was then, e.g. ``2026-11-22T12:00:00Z``; "" pins the
             moment the run begins, so that what others append during the run is not seen.
         tiledb: TileDB settings for this store, e.g. ``"vfs.s3.endpoint_override"``; no secrets:
@@ -39,8 +43,11 @@ class DataSection(Section):
         covariates: obs columns that travel with each cell as codes.
         min_genes_per_cell: cells with fewer detected genes are left out (needs obs ``nnz``).
         vocab: "store" builds the vocabulary from the store's genes; else a vocabulary file.
-        run_cells: neighbouring cells kept together when the epoch is permuted.
-        window_batches: global batches shuffled among each other: memory against mixing.
+        run_cells: neighbouring cells kept together when the epoch is permuted; 64 fits the tiles
+            of stores that cellray writes.
+        window_cells: cells shuffled among each other, over all workers. The one key that trades
+            the quality of the shuffle against speed and memory: a batch mixes the
+            ``window_cells / run_cells`` runs of its window. ``--check`` states the quality.
         lanes: parts of the order walked side by side, a multiple of ``scale.workers`` that
             divides ``batch.cells_global``; 0 takes its largest divisor up to 64.
         bucket_by_length: put cells of like length in a batch (needs obs ``nnz``).
@@ -48,10 +55,21 @@ class DataSection(Section):
             training cells (scGPT's fine-tuning recipe keeps 3,000); 0 keeps all.
         statistics_cells: training cells that variable genes and a rank tokenizer's non-zero
             medians are computed on; when there are more, a keyed sample of this many.
+        statistics: where a rank tokenizer's non-zero medians come from: "train", the training
+            cells, exactly; "store", the streamed medians over all cells of the store that ingest
+            has kept, at no cost (they include cells that are held out).
+        held_out: datasets (values of ``held_out_by``) that the run never sees.
+        held_out_by: the obs column they are values of.
+        balance_by: obs column whose values are made equally frequent among the training cells,
+            e.g. ``cell_type``; "" takes every cell once an epoch.
+        balance_max_repeats: with ``balance_by``, how often a cell may come in an epoch.
+        cache: folder of a token cache, on a disk that all workers see: the selection is tokenised
+            once and read back memory-mapped; "" tokenises in every epoch.
         split: how validation cells are set apart.
     """
 
-    uri: str
+    uri: str | list[str]
+    weights: list[float] = []
     timestamp: str = ""
     tiledb: dict[str, str] = {}
     measurement: str = "RNA"
@@ -61,9 +79,33 @@ class DataSection(Section):
     min_genes_per_cell: int = Field(default=0, ge=0)
     vocab: str = "store"
     run_cells: int = Field(default=64, ge=1)
-    window_batches: int = Field(default=32, ge=1)
+    window_cells: int = Field(default=16_384, ge=1)
     lanes: int = Field(default=0, ge=0)
     bucket_by_length: bool = True
     vocab_genes: int = Field(default=0, ge=0)
     statistics_cells: int = Field(default=200_000, ge=1)
+    statistics: Literal["train", "store"] = "train"
+    held_out: list[str] = []
+    held_out_by: str = "dataset_id"
+    balance_by: str = ""
+    balance_max_repeats: int = Field(default=10, ge=1, le=32)
+    cache: str = ""
     split: SplitSection = SplitSection()
+
+    @property
+    def uris(self) -> list[str]:
+        """The stores, one or more."""
+        return [self.uri] if isinstance(self.uri, str) else list(self.uri)
+
+    @model_validator(mode="after")
+    def _stores(self) -> DataSection:
+        if not self.uris or not all(self.uris):
+            raise ValueError("data.uri names no store; give an address, or a list of them")
+        if self.weights and len(self.weights) != len(self.uris):
+            raise ValueError(
+                f"data.weights has {len(self.weights)} numbers for {len(self.uris)} stores; give "
+                "one a store"
+            )
+        if any(not w > 0 for w in self.weights):
+            raise ValueError(f"data.weights = {self.weights}: every weight must be above 0")
+        return self

@@ -9,20 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from ray.data import Datasource
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
-from cellray.data.plan import EpochPlan
+from cellray.data.plan import Plan
 
-__all__ = ["WINDOW_SCHEMA", "WindowSource", "windows"]
+__all__ = ["WINDOW_SCHEMA", "WindowSource", "as_rows", "windows"]
 
 WINDOW_SCHEMA = pa.schema([("epoch", pa.int64()), ("first", pa.int64()), ("last", pa.int64())])
 
 
-def windows(plan: EpochPlan, first_step: int, last_step: int) -> list[tuple[int, int, int]]:
+def windows(plan: Plan, first_step: int, last_step: int) -> list[tuple[int, int, int]]:
     """The windows that hold steps ``first_step .. last_step`` (exclusive), in order.
 
     Returns:
@@ -57,7 +56,7 @@ class WindowSource(Datasource):  # type: ignore[misc]
         last_step: one past the last.
     """
 
-    def __init__(self, plan: EpochPlan, *, first_step: int, last_step: int) -> None:
+    def __init__(self, plan: Plan, *, first_step: int, last_step: int) -> None:
         super().__init__()
         self._windows = windows(plan, first_step, last_step)
 
@@ -86,7 +85,6 @@ class WindowSource(Datasource):  # type: ignore[misc]
         return len(self._windows)
 
 
-def as_rows(batch: dict[str, np.ndarray[Any, Any]]) -> list[tuple[int, int, int]]:
+def as_rows(batch: pa.Table) -> list[tuple[int, int, int]]:
     """The windows of a Ray Data batch as (epoch, first, last)."""
-    columns = (batch["epoch"], batch["first"], batch["last"])
-    return [(int(e), int(f), int(last)) for e, f, last in zip(*columns, strict=True)]
+    return [(row["epoch"], row["first"], row["last"]) for row in batch.to_pylist()]

@@ -7,8 +7,10 @@ order, whatever actor finished first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,38 +19,59 @@ import pyarrow as pa
 import ray
 
 from cellray.core.blocks import TokenBlock
-from cellray.data.datasource import WindowSource
-from cellray.data.plan import EpochPlan
+from cellray.core.errors import DataError
+from cellray.core.memory import keep_freed_memory
+from cellray.data.cache import TokenCache, cache_key, prepare_cache
+from cellray.data.datasource import WindowSource, as_rows, windows
+from cellray.data.plan import Plan
 from cellray.data.tokens import TokenSource, make_tokenizer
 
-__all__ = ["StepTokens", "token_stream"]
+__all__ = ["StepTokens", "cached_stream", "token_stream", "write_cache"]
 
 I64 = npt.NDArray[np.int64]
 
+_PIECE_BYTES = 32 << 20  # of a window, handed on at a time
+_CACHED_CELLS = 1024  # gathered from a cache at a time
+
 
 class _TokenizeWindow:
-    """The actor: windows in, one table of tokens a window out."""
+    """The actor: windows in, tables of tokens out, in the plan's order."""
 
     def __init__(self, source: Any, plan: Any, rank: int, world: int) -> None:
+        keep_freed_memory()
         self._source: TokenSource = ray.get(source)
-        self._plan: EpochPlan = ray.get(plan)
+        self._plan: Plan = ray.get(plan)
         self._tokenizer = make_tokenizer(self._source.tokenizer, self._source.vocab)
         self._rank, self._world = rank, world
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        for window in batch.to_pylist():
-            yield self._table(window["epoch"], window["first"], window["last"])
+        for epoch, first, last in as_rows(batch):
+            yield from self._tables(epoch, first, last)
 
-    def _table(self, epoch: int, first: int, last: int) -> pa.Table:
+    def _tables(self, epoch: int, first: int, last: int) -> Iterator[pa.Table]:
         rows = self._plan.rows(epoch, first, last, rank=self._rank, world=self._world)
-        joinids = rows.reshape(-1)
-        block = self._source.tokens(joinids, epoch=epoch, tokenizer=self._tokenizer)
+        ids = rows.reshape(-1)
+        block = self._source.tokens(ids, epoch=epoch, tokenizer=self._tokenizer)
+        codes = self._source.covariates(ids)
         start = epoch * self._plan.batches_per_epoch + first
-        steps = np.repeat(np.arange(start, start + len(rows)), rows.shape[1])
-        table = block.to_arrow().append_column("step", pa.array(steps))
-        for name, codes in self._source.covariates(joinids).items():
-            table = table.append_column(f"covariate:{name}", pa.array(codes))
-        return table
+        share = rows.shape[1]
+        for begin, end in _pieces(block, share):
+            table = block.slice(begin, end).to_arrow()
+            steps = start + np.arange(begin, end) // share
+            table = table.append_column("step", pa.array(steps))
+            for name, column in codes.items():
+                table = table.append_column(f"covariate:{name}", pa.array(column[begin:end]))
+            yield table
+
+
+def _pieces(block: TokenBlock, share: int) -> Iterator[tuple[int, int]]:
+    """Cut a window into whole steps of some megabytes: what the consumer holds at a time."""
+    per_token = block.tokens.dtype.itemsize + block.values.dtype.itemsize
+    size = int(block.indptr[-1]) * per_token
+    steps = len(block) // share
+    at_once = max(1, steps * _PIECE_BYTES // max(size, 1))
+    for first in range(0, steps, at_once):
+        yield first * share, min(first + at_once, steps) * share
 
 
 @dataclass(frozen=True)
@@ -79,7 +102,7 @@ def _step(table: pa.Table, step: int, epoch: int) -> StepTokens:
 
 def token_stream(
     source: TokenSource,
-    plan: EpochPlan,
+    plan: Plan,
     *,
     first_step: int,
     last_step: int,
@@ -90,13 +113,16 @@ def token_stream(
 ) -> Iterator[StepTokens]:
     """Stream one rank's cells of steps ``first_step .. last_step`` (exclusive), in order.
 
+    With a token cache the rank reads the memory-mapped shards itself; otherwise windows go through
+    Ray Data to actors that read the store and tokenise. The order is the same.
+
     Args:
         source: store, vocabulary and tokenizer.
         plan: the order of cells.
         first_step: where to start, e.g. the step of a checkpoint.
         last_step: one past the last step.
         rank: this worker.
-        world: number of workers; divides ``plan.lanes``.
+        world: number of workers; divides the plan's lanes.
         actors: tokenisation actors of this rank.
         cpus_per_actor: logical CPUs each of them reserves.
 
@@ -106,29 +132,137 @@ def token_stream(
     """
     if first_step >= last_step:
         return
-    windows = WindowSource(plan, first_step=first_step, last_step=last_step)
-    dataset = ray.data.read_datasource(windows, override_num_blocks=windows.num_windows)
-    dataset = dataset.map_batches(
-        _TokenizeWindow,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=min(actors, windows.num_windows)),
-        num_cpus=cpus_per_actor,
-        fn_constructor_args=(ray.put(source), ray.put(plan), rank, world),
-    )
-    dataset.context.execution_options.preserve_order = True
-    dataset.context.enable_progress_bars = False
+    if source.cache:
+        yield from cached_stream(
+            source, plan, first_step=first_step, last_step=last_step, rank=rank, world=world
+        )
+        return
+    dataset = _dataset(source, plan, first_step, last_step, rank, world, actors, cpus_per_actor)
     share = plan.cells_global // world
     expected = first_step
-    rest: pa.Table | None = None
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        table = table if rest is None else pa.concat_tables([rest, table])
-        whole = len(table) // share
-        for i in range(whole):
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        assert len(table) % share == 0, "a block holds whole steps"
+        for i in range(len(table) // share):
             part = table.slice(i * share, share)
             steps = part.column("step")
             assert steps[0].as_py() == steps[share - 1].as_py() == expected, "stream out of order"
             yield _step(part, expected, plan.cursor(expected).epoch)
             expected += 1
-        rest = table.slice(whole * share) if len(table) > whole * share else None
     assert expected == last_step, f"stream ended at step {expected} of {last_step}"
+
+
+def _dataset(
+    source: TokenSource,
+    plan: Plan,
+    first_step: int,
+    last_step: int,
+    rank: int,
+    world: int,
+    actors: int,
+    cpus_per_actor: float,
+) -> Any:
+    """The Ray Data pipeline: windows -> tokenisation actors, in order, with bounded memory."""
+    named = WindowSource(plan, first_step=first_step, last_step=last_step)
+    size = min(actors, named.num_windows)
+    dataset = ray.data.read_datasource(named, override_num_blocks=named.num_windows)
+    dataset = dataset.map_batches(
+        _TokenizeWindow,
+        batch_size=None,
+        batch_format="pyarrow",
+        # one window in work and one waiting: more would only fill memory ahead of the model
+        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
+        num_cpus=cpus_per_actor,
+        fn_constructor_args=(ray.put(source), ray.put(plan), rank, world),
+    )
+    options = dataset.context.execution_options
+    options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    return dataset
+
+
+def cached_stream(
+    source: TokenSource,
+    plan: Plan,
+    *,
+    first_step: int,
+    last_step: int,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[StepTokens]:
+    """Read one rank's cells from the source's token cache, in order, in this process.
+
+    Arguments and yields as those of :func:`token_stream`; needs no Ray.
+    """
+    share = plan.cells_global // world
+    at_once = max(1, _CACHED_CELLS // share)
+    for epoch, begin, end in windows(plan, first_step, last_step):
+        rows = plan.rows(epoch, begin, end, rank=rank, world=world)
+        start = epoch * plan.batches_per_epoch + begin
+        for i in range(0, len(rows), at_once):
+            ids = rows[i : i + at_once].reshape(-1)
+            block = source.tokens(ids, epoch=epoch)
+            codes = source.covariates(ids)
+            for k in range(len(ids) // share):
+                part = slice(k * share, (k + 1) * share)
+                covariates = {name: column[part] for name, column in codes.items()}
+                tokens = block.slice(part.start, part.stop)
+                yield StepTokens(start + i + k, epoch, tokens, covariates)
+
+
+def write_cache(
+    source: TokenSource,
+    *,
+    cells: I64,
+    fingerprint: str,
+    folder: str,
+    tasks: int = 0,
+    say: Callable[[str], None] = lambda _: None,
+) -> TokenSource:
+    """Make sure that a whole token cache is in ``folder``: write what is missing, as Ray tasks.
+
+    Shards that are there are kept, so an interrupted writing goes on where it was.
+
+    Args:
+        source: store, vocabulary and tokenizer.
+        cells: (N,) ids of the cells, ascending.
+        fingerprint: SHA-256 of the cells' ids and counts.
+        folder: on a disk that all workers see.
+        tasks: shards written at a time; 0 takes the cluster's CPUs.
+        say: is told how far the writing is.
+
+    Returns:
+        The source, reading from the cache.
+
+    Raises:
+        DataError: the folder holds a cache of something else, or cannot be written.
+    """
+    place = Path(folder).expanduser().resolve()
+    info = prepare_cache(place, cache_key(source, cells=cells, fingerprint=fingerprint), cells)
+    cached = replace(source, cache=str(place))
+    todo = TokenCache(place, cached).missing()
+    if not todo:
+        say(f"token cache: {info.num_cells:,} cells are there in '{place}'")
+        return cached
+    most = tasks or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    shipped = ray.put(cached)
+    waiting, running = list(todo), list[Any]()
+    started, done = time.monotonic(), 0
+    total = sum(len(TokenCache(place, cached).cells(s)) for s in todo)
+    while waiting or running:
+        while waiting and len(running) < most:
+            running.append(_write_shard.remote(shipped, waiting.pop(0)))
+        ready, running = ray.wait(running, num_returns=1)
+        try:
+            done += sum(ray.get(ready))
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause if isinstance(error.cause, DataError) else error from error
+        rate = done / max(time.monotonic() - started, 1e-9)
+        left = (total - done) / max(rate, 1e-9)
+        say(f"token cache: {done:,} of {total:,} cells, {rate:,.0f} cells/s, ETA {left:,.0f} s")
+    return cached
+
+
+@ray.remote(num_cpus=1)  # type: ignore[untyped-decorator]
+def _write_shard(source: TokenSource, shard: int) -> int:
+    keep_freed_memory()
+    return TokenCache(Path(source.cache), source).write(shard)

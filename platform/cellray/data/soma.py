@@ -1,8 +1,7 @@
 """Reading a SOMA experiment, ours or one of the CELLxGENE Census: genes, cells, blocks of counts.
 
 A :class:`Store` is a locator. It travels to other processes as a few strings and opens its handle
-where it is first used. Reading a block is three linear passes: the coordinates as TileDB returns
-them, a lookup table from joinid to row, and a counting sort into compressed rows.
+where it is first used.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import tiledbsoma
-from scipy import sparse
 
 from cellray.core.blocks import CellBlock
 from cellray.core.errors import DataError, did_you_mean
@@ -29,7 +27,7 @@ from cellray.data.files import fragments
 from cellray.data.locate import address, local_path
 from cellray.data.opening import open_experiment
 from cellray.data.retry import read_with_retry
-from cellray.data.rows import RowLookup, remap
+from cellray.data.rows import RowGatherer
 from cellray.data.storage import Settings, brief, iso, may_pass, now_ms, parse_moment, past_moment
 from cellray.data.vocab import strip_version
 
@@ -308,30 +306,20 @@ class Store:
         if len(twice):
             raise DataError(f"joinid {int(twice[0])} is asked for more than once in one block")
 
-    def _read_rows(self, joinids: I64) -> sparse.csr_matrix:
-        """Counts of the given cells over all genes of the store, (N, V), genes ascending."""
-        order = np.argsort(joinids, kind="stable")
-        ascending = joinids[order]
+    def _read_rows(self, joinids: I64, gene_map: I32) -> RowGatherer:
+        """Read N cells, at least one, into compressed rows."""
+        ascending = np.sort(joinids)
         self._check_request(ascending)
-        shape = (len(joinids), self.num_genes)
-        if len(joinids) == 0:
-            return sparse.csr_matrix(shape, dtype=np.float32)
         low, high = int(ascending[0]), int(ascending[-1])
         whole_range = high - low + 1 == len(joinids)
         coords = slice(low, high) if whole_range else pa.array(ascending)
+        gathered = RowGatherer(joinids, gene_map)
         try:
-            tables = list(self._x.read((coords,)).tables())
-        except tiledbsoma.SOMAError as error:
+            for table in self._x.read((coords,)).tables():
+                gathered.add(*(table.column(i).to_numpy() for i in range(3)))
+        except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
             raise DataError(f"X/{self.layer} of '{self.uri}' cannot be read: {error}") from error
-        rows = RowLookup(ascending, order)
-        if not tables:
-            return sparse.csr_matrix(shape, dtype=np.float32)
-        row = np.concatenate([rows(t.column(0).to_numpy()) for t in tables])
-        gene = np.concatenate([t.column(1).to_numpy().astype(np.int32) for t in tables])
-        data = np.concatenate([t.column(2).to_numpy().astype(np.float32) for t in tables])
-        matrix = sparse.coo_matrix((data, (row, gene)), shape=shape).tocsr()
-        matrix.sort_indices()
-        return matrix
+        return gathered
 
     def read_block(
         self, joinids: I64, gene_map: I32, *, obs: Sequence[str] | None = None
@@ -357,10 +345,14 @@ class Store:
                 f"gene_map has {gene_map.shape} entries, var of '{self.uri}' has "
                 f"{self.num_genes} genes"
             )
-        matrix = self._retried(lambda: self._read_rows(wanted), lambda: self._named(wanted))
-        total = np.concatenate([[0.0], np.cumsum(matrix.data, dtype=np.float64)])
-        library_sizes = np.diff(total[matrix.indptr]).astype(np.float32)
-        indptr, genes, counts = remap(matrix, gene_map)
+        if len(wanted) == 0:
+            nothing = np.zeros(0, dtype=np.float32)
+            genes = np.zeros(0, dtype=np.int32)
+            return CellBlock(wanted, np.zeros(1, dtype=np.int64), genes, nothing, nothing)
+        gathered = self._retried(
+            lambda: self._read_rows(wanted, gene_map), lambda: self._named(wanted)
+        )
+        indptr, genes, counts, library_sizes = gathered.rows()
         return CellBlock(
             joinids=wanted,
             indptr=indptr,

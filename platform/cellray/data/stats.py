@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cellray.core.blocks import CellBlock, row_ids
 from cellray.core.errors import DataError
 from cellray.data import schema
-from cellray.data.soma import Store
+from cellray.data.stores import AnyStore
 from cellray.data.vocab import Vocab
 
 __all__ = [
@@ -36,7 +36,9 @@ MIN_COUNT_FRACTION = 0.60  # below this share of matched counts the user is warn
 UNSEEN_MEDIAN = 1.0
 
 
-def _blocks(store: Store, joinids: I64, gene_map: I32, cells_per_block: int) -> Iterator[CellBlock]:
+def _blocks(
+    store: AnyStore, joinids: I64, gene_map: I32, cells_per_block: int
+) -> Iterator[CellBlock]:
     ascending = np.sort(np.asarray(joinids, dtype=np.int64))
     for first in range(0, len(ascending), cells_per_block):
         yield store.read_block(ascending[first : first + cells_per_block], gene_map)
@@ -52,7 +54,7 @@ def _keys(block: CellBlock) -> npt.NDArray[np.uint64]:
 
 
 def nonzero_medians(
-    store: Store,
+    store: AnyStore,
     joinids: I64,
     gene_map: I32,
     num_genes: int,
@@ -92,7 +94,7 @@ def nonzero_medians(
 
 
 def library_size_quantiles(
-    store: Store,
+    store: AnyStore,
     joinids: I64,
     *,
     quantiles: Sequence[float] = (0.05, 0.25, 0.5, 0.75, 0.95),
@@ -144,7 +146,7 @@ class VocabCoverage:
 
 
 def coverage(
-    store: Store,
+    store: AnyStore,
     vocab: Vocab,
     *,
     joinids: I64 | None = None,

@@ -124,7 +124,7 @@ def _training_lines(job: TrainJob) -> list[str]:
     with torch.device("meta"):
         model = model_of(job.manifest, source.vocab)
     longest = int(job.manifest.tokenizer.get("max_tokens", 2048))
-    mean = float(plan.lengths.mean()) if plan.lengths is not None else float(longest)
+    mean = plan.mean_length or float(longest)
     result = estimate_training(
         model,
         job.manifest.model,
@@ -145,6 +145,7 @@ def _training_lines(job: TrainJob) -> list[str]:
         f"cells: {len(plan.joinids)} to train on, {len(job.data.validation)} to validate on; "
         f"{plan.batches_per_epoch} global batches of {plan.cells_global} an epoch, remainder "
         f"{plan.remainder_cells}",
+        *(f"shuffle: {line}" for line in job.data.mixing),
         f"steps: {job.steps} ({job.steps / plan.batches_per_epoch:.2f} epochs), "
         f"{job.scale.workers} workers x {accumulation} micro-batches of {job.batch.cells_micro}",
         f"model: {result.num_parameters:,} parameters ({result.num_embedding:,} in tables), "

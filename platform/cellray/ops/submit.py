@@ -35,7 +35,7 @@ _EXCLUDES = (
     "/shared/", "/store/", "/build/", "/dist/", "*.h5ad", "mlflow.db",
 )  # fmt: skip
 _PRUNED = frozenset({".git", ".venv", "venv", "__pycache__"})
-_PATH_KEYS = ("checkpoint.dir", "data.uri")
+_PATH_KEYS = ("checkpoint.dir", "data.uri", "data.cache")
 _PATIENCE_S = 120.0  # how long a cluster may not answer while a log is followed
 
 Say = Callable[[str], None]

@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         ...
 
 
+def _plain(config: Any) -> str:
+    return "float32"
+
+
 @dataclass(frozen=True)
 class TokenizerUnit:
     """What a tokenizer's module exports as ``TOKENIZER``.
@@ -44,6 +48,8 @@ class TokenizerUnit:
         specials: special tokens a new vocabulary for it starts with, ``<pad>`` first.
         needs_medians: whether the vocabulary must carry corpus medians.
         build: (config, vocab) -> tokenizer; raises DataError if the vocabulary does not serve.
+        value_dtype: config -> the narrowest type that holds every value of a token exactly; token
+            streams and caches carry values in it.
     """
 
     name: str
@@ -51,3 +57,4 @@ class TokenizerUnit:
     specials: tuple[str, ...]
     needs_medians: bool
     build: Callable[[Any, Vocab], Tokenizer]
+    value_dtype: Callable[[Any], str] = _plain

@@ -108,10 +108,16 @@ def _build(config: BinsConfig, vocab: Vocab) -> BinsTokenizer:
     )
 
 
+def _value_dtype(config: BinsConfig) -> str:
+    whole = config.cls_value == int(config.cls_value) and -128 <= config.cls_value <= 127
+    return "int8" if whole and config.num_bins <= 128 else "float32"
+
+
 TOKENIZER = TokenizerUnit(
     name="bins",
     config=BinsConfig,
     specials=("<pad>", "<cls>", "<eoc>"),
     needs_medians=False,
     build=_build,
+    value_dtype=_value_dtype,
 )

@@ -141,4 +141,5 @@ TOKENIZER = TokenizerUnit(
     specials=("<pad>", "<mask>", "<cls>", "<eos>"),
     needs_medians=True,
     build=_build,
+    value_dtype=lambda config: "int8",  # all 0
 )

@@ -14,13 +14,18 @@ import numpy.typing as npt
 import pandas as pd
 
 from cellray.core.draw import Draw
-from cellray.core.errors import CheckpointError, ConfigError, DataError
+from cellray.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
+from cellray.core.ids import stores_of
 from cellray.core.section import Section, to_dict
+from cellray.data.balance import Balance
 from cellray.data.config import DataSection
-from cellray.data.plan import EpochPlan, default_lanes
-from cellray.data.soma import Store, open_store
+from cellray.data.mixing import measure_mixing
+from cellray.data.mixture import MixturePlan, deal_lanes
+from cellray.data.plan import EpochPlan, Plan, default_lanes, window_batches
+from cellray.data.soma import open_store
 from cellray.data.split import split_by
 from cellray.data.stats import check_coverage, coverage, nonzero_medians
+from cellray.data.stores import AnyStore, JoinedStore, join_stores
 from cellray.data.tokens import TokenSource, tokenizer_unit
 from cellray.data.variable import GeneMoments, choose_variable
 from cellray.data.vocab import Vocab
@@ -31,6 +36,7 @@ __all__ = [
     "TrainingData",
     "check_vocab",
     "encode",
+    "make_plan",
     "make_training_data",
     "select_cells",
     "store_vocab",
@@ -39,6 +45,9 @@ __all__ = [
 
 I64 = npt.NDArray[np.int64]
 _BLOCK_CELLS = 4096
+# labels by which the shuffle is judged, the first ones that a store has
+_MIXING_COLUMNS = ("dataset_id", "cell_type", "donor_id", "donor", "tissue")
+_MIXING_SHOWN = 2
 
 
 @dataclass(frozen=True)
@@ -46,11 +55,12 @@ class Cells:
     """The selected cells of a store.
 
     Attributes:
-        store: where they are.
-        obs: one row a cell, sorted by ``soma_joinid``, with the columns a run asked for.
+        store: where they are: one store, or several read as one.
+        obs: one row a cell, sorted by ``soma_joinid`` (with several stores: the cell id), with the
+            columns a run asked for.
     """
 
-    store: Store
+    store: AnyStore
     obs: pd.DataFrame
 
     @property
@@ -78,32 +88,59 @@ def select_cells(
     Raises:
         DataError: no such store, measurement, layer or column, a bad filter, or nothing selected.
     """
-    store = open_store(
-        data.uri,
-        measurement=data.measurement,
-        layer=data.layer,
-        timestamp=data.timestamp,
-        tiledb=data.tiledb,
+    store = join_stores(
+        [
+            open_store(
+                uri,
+                measurement=data.measurement,
+                layer=data.layer,
+                timestamp=data.timestamp,
+                tiledb=data.tiledb,
+            )
+            for uri in data.uris
+        ]
     )
     known = store.obs_columns()
     named = columns(known) if callable(columns) else columns
-    wanted = [*data.covariates, *named, *([data.split.by] if data.split.by else [])]
+    by = [data.split.by, data.balance_by, data.held_out_by if data.held_out else ""]
+    wanted = [*data.covariates, *named, *(column for column in by if column)]
     if data.min_genes_per_cell and "nnz" not in known:
         raise DataError(
             "data.min_genes_per_cell needs an obs column 'nnz', which the store does not have; "
             "set it to 0 or ingest the store with cellray"
         )
-    if "nnz" in known:
-        wanted.append("nnz")
+    wanted += [c for c in ("nnz", *_MIXING_COLUMNS) if c in known]
     obs = store.obs(list(dict.fromkeys(wanted)), value_filter=data.obs_filter or None)
+    if data.held_out:
+        obs = _without(obs, data.held_out_by, data.held_out)
     if data.min_genes_per_cell:
         obs = obs[obs["nnz"] >= data.min_genes_per_cell].reset_index(drop=True)
     if obs.empty:
+        held = f" and held_out = {data.held_out}" if data.held_out else ""
         raise DataError(
             f"data.obs_filter = '{data.obs_filter}' with min_genes_per_cell = "
-            f"{data.min_genes_per_cell} selects none of the {store.num_cells} cells of {data.uri}"
+            f"{data.min_genes_per_cell}{held} selects none of the {store.num_cells} cells of "
+            f"{store.uri}"
         )
     return Cells(store, obs)
+
+
+def _without(obs: pd.DataFrame, column: str, values: Sequence[str]) -> pd.DataFrame:
+    """The cells of other datasets.
+
+    Raises:
+        DataError: no cell of the selection is of a dataset that is named: a typing error would
+            silently train on what should be held out.
+    """
+    names = obs[column].astype("string")
+    there = sorted(names.dropna().unique().tolist())
+    for value in values:
+        if value not in there:
+            raise DataError(
+                f"data.held_out names '{value}', which no selected cell has as '{column}'."
+                f"{did_you_mean(value, there)} There are: {', '.join(there[:8])}"
+            )
+    return obs[~names.isin(list(values)).fillna(False).to_numpy()].reset_index(drop=True)
 
 
 def encode(
@@ -149,9 +186,27 @@ def store_vocab(cells: Cells, data: DataSection, tokenizer: str, train: I64, see
     else:
         vocab = Vocab.load(data.vocab)
     if unit.needs_medians and vocab.medians is None:
-        medians = nonzero_medians(cells.store, chosen, gene_map(cells.store, vocab), len(vocab))
+        if data.statistics == "store":
+            medians = _stored_medians(cells.store, vocab)
+        else:
+            mapping = gene_map(cells.store, vocab)
+            medians = nonzero_medians(cells.store, chosen, mapping, len(vocab))
         vocab = vocab.with_medians(medians)
     return vocab
+
+
+def _stored_medians(store: AnyStore, vocab: Vocab) -> npt.NDArray[np.float32]:
+    """(G,) non-zero medians as ingest has kept them."""
+    if isinstance(store, JoinedStore):
+        raise ConfigError(
+            "data.statistics = 'store' reads the medians of one store, and data.uri names "
+            f"{len(store.stores)}; take 'train', or give a vocabulary file with medians"
+        )
+    stored = store.nonzero_medians()
+    mapping = gene_map(store, vocab)
+    medians = np.ones(len(vocab), dtype=np.float32)
+    medians[mapping[mapping >= 0]] = stored[mapping >= 0]
+    return medians
 
 
 def _sample(train: I64, most: int, seed: int) -> I64:
@@ -162,7 +217,7 @@ def _sample(train: I64, most: int, seed: int) -> I64:
     return np.sort(train[np.argpartition(keys, most)[:most]])
 
 
-def _variable(store: Store, joinids: I64, num_genes: int) -> I64:
+def _variable(store: AnyStore, joinids: I64, num_genes: int) -> I64:
     """Rows of var with the most variable genes among the given cells."""
     every = np.arange(store.num_genes, dtype=np.int32)
     moments = None
@@ -174,7 +229,7 @@ def _variable(store: Store, joinids: I64, num_genes: int) -> I64:
     return choose_variable(moments, num_genes=num_genes)
 
 
-def gene_map(store: Store, vocab: Vocab) -> npt.NDArray[np.int32]:
+def gene_map(store: AnyStore, vocab: Vocab) -> npt.NDArray[np.int32]:
     """(V,) vocabulary index of each gene of the store, -1 where the vocabulary lacks it."""
     var = store.var()
     return vocab.match(var["feature_id"].tolist(), var["feature_name"].tolist())
@@ -206,7 +261,7 @@ def check_vocab(data: DataSection, vocab: Vocab, checkpoint: str) -> None:
     )
 
 
-def total_steps(train: TrainSection, plan: EpochPlan) -> int:
+def total_steps(train: TrainSection, plan: Plan) -> int:
     """Optimizer steps of the run: ``train.steps``, or ``train.epochs`` of the plan."""
     return train.steps or max(1, round(train.epochs * plan.batches_per_epoch))
 
@@ -222,14 +277,18 @@ class TrainingData:
         covariates: name -> categories.
         warnings: what the user should know, e.g. a poor gene match.
         fingerprint: SHA-256 over ids and counts of all selected cells.
+        cache: folder of the token cache the run is to use, "" for none.
+        mixing: the shuffle quality of the plan, for people.
     """
 
     source: TokenSource
-    plan: EpochPlan
+    plan: Plan
     validation: I64
     covariates: Mapping[str, list[str]]
     warnings: list[str] = field(default_factory=list)
     fingerprint: str = ""
+    cache: str = ""
+    mixing: list[str] = field(default_factory=list)
 
 
 def validation_mask(obs: pd.DataFrame, data: DataSection) -> npt.NDArray[np.bool_]:
@@ -285,16 +344,7 @@ def make_training_data(
     lengths = cells.lengths(max_tokens) if data.bucket_by_length else None
     if data.bucket_by_length and lengths is None:
         warnings.append("the store has no obs column 'nnz': batches are not bucketed by length")
-    rows = np.searchsorted(cells.joinids, train)
-    plan = EpochPlan(
-        joinids=train,
-        lengths=None if lengths is None else lengths[rows],
-        seed=seed,
-        cells_global=batch.cells_global,
-        lanes=data.lanes or default_lanes(batch.cells_global),
-        run_cells=data.run_cells,
-        window_batches=data.window_batches,
-    )
+    plan = make_plan(cells, data, train=train, lengths=lengths, batch=batch, seed=seed)
     source = TokenSource(
         store=cells.store,
         gene_map=mapping,
@@ -305,7 +355,83 @@ def make_training_data(
         seed=seed,
     )
     fingerprint = cells.store.fingerprint(cells.joinids)
-    return TrainingData(source, plan, validation, names, warnings, fingerprint)
+    return TrainingData(
+        source=source,
+        plan=plan,
+        validation=validation,
+        covariates=names,
+        warnings=warnings,
+        fingerprint=fingerprint,
+        cache=data.cache,
+        mixing=measure_mixing(plan, _labels(cells, train)).lines(),
+    )
+
+
+def _labels(cells: Cells, train: I64) -> dict[str, I64]:
+    """Codes of the training cells whose variety in a batch says how well it is mixed."""
+    obs = cells.obs.iloc[np.searchsorted(cells.joinids, train)]
+    there = [c for c in _MIXING_COLUMNS if c in obs][:_MIXING_SHOWN]
+    return {c: pd.factorize(obs[c].astype("string"))[0] + 1 for c in there}
+
+
+def make_plan(
+    cells: Cells,
+    data: DataSection,
+    *,
+    train: I64,
+    lengths: I64 | None,
+    batch: BatchSection,
+    seed: int,
+) -> Plan:
+    """The order of the training cells: of one store, or of a mixture.
+
+    Args:
+        cells: the selection.
+        data: the data section.
+        train: ids of the training cells, ascending.
+        lengths: expected tokens of every selected cell; None leaves batches unbucketed.
+        batch: the batch section.
+        seed: the run's seed.
+
+    Raises:
+        ConfigError: fewer training cells than a global batch, or weights that do not fit the lanes.
+    """
+    rows = np.searchsorted(cells.joinids, train)
+    lanes = data.lanes or default_lanes(batch.cells_global)
+    size = window_batches(
+        batch.cells_global, lanes=lanes, run_cells=data.run_cells, window_cells=data.window_cells
+    )
+    groups = None
+    if data.balance_by:
+        values = cells.obs[data.balance_by].astype("string").fillna("unknown").iloc[rows]
+        groups = pd.factorize(values, sort=True)[0]
+
+    def part(here: npt.NDArray[np.bool_] | slice, lanes_here: int) -> EpochPlan:
+        return EpochPlan(
+            joinids=train[here],
+            lengths=None if lengths is None else lengths[rows[here]].astype(np.int32),
+            seed=seed,
+            cells_global=batch.cells_global // lanes * lanes_here,
+            lanes=lanes_here,
+            run_cells=data.run_cells,
+            window_batches=size,
+            balance=None if groups is None else Balance(groups[here], data.balance_max_repeats),
+        )
+
+    if len(data.uris) == 1:
+        return part(slice(None), lanes)
+    which = stores_of(train)
+    counts = np.bincount(which, minlength=len(data.uris))
+    empty = [uri for uri, count in zip(data.uris, counts, strict=True) if count == 0]
+    if empty:
+        raise DataError(
+            f"no training cell is selected of {', '.join(empty)}; widen data.obs_filter, or leave "
+            "the store out"
+        )
+    lane_parts = deal_lanes(data.weights or counts.tolist(), lanes)
+    dealt = np.bincount(lane_parts, minlength=len(counts))
+    parts = tuple(part(which == i, int(n)) for i, n in enumerate(dealt))
+    return MixturePlan(parts, lane_parts)
 
 
 def no_cells(kind: str, run: str) -> ConfigError:

@@ -23,6 +23,7 @@ from ray.train.v2.api.callback import UserCallback
 
 from cellray.core.errors import CellrayError, CheckpointError, ConfigError
 from cellray.core.section import flatten, to_toml
+from cellray.train.caching import with_cache
 from cellray.train.checkpoint import export_model
 from cellray.train.config import ScaleSection
 from cellray.train.tracking import Tracker
@@ -343,6 +344,7 @@ def fit(
         CellrayError: what a worker found wrong, in its own words.
     """
     ensure_ray(job.scale)
+    job = with_cache(job, say)
     began = _started_at(run)
     if began:
         say(f"{job.name}: resuming from step {began}")

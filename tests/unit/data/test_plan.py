@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellray.core.errors import ConfigError
-from cellray.data.plan import Cursor, EpochPlan, default_lanes
+from cellray.data.plan import Cursor, EpochPlan, default_lanes, window_batches
 from cellray.testing import assert_same_cells
 
 
@@ -23,10 +23,11 @@ def make(num_cells=500, *, cells_global=24, lanes=0, seed=1, lengths=True, **key
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
-    num_cells=st.integers(24, 700),
+    num_cells=st.integers(24, 900),
     cells_global=st.sampled_from([1, 4, 12, 24]),
+    lanes=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 5),
     epoch=st.integers(0, 3),
     window=st.integers(1, 40),
@@ -34,11 +35,12 @@ def make(num_cells=500, *, cells_global=24, lanes=0, seed=1, lengths=True, **key
     lengths=st.booleans(),
 )
 def test_an_epoch_delivers_every_cell_once_minus_the_remainder(
-    num_cells, cells_global, seed, epoch, window, run, lengths
+    num_cells, cells_global, lanes, seed, epoch, window, run, lengths
 ):
     plan = make(
         num_cells,
         cells_global=cells_global,
+        lanes=1 if cells_global == 1 else lanes,
         seed=seed,
         window_batches=window,
         run_cells=run,
@@ -50,13 +52,26 @@ def test_an_epoch_delivers_every_cell_once_minus_the_remainder(
     assert set(rows.reshape(-1)) <= set(plan.joinids)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 12])
-def test_global_batches_do_not_depend_on_the_number_of_workers(world):
-    plan = make()
-    whole = plan.rows(2, 0, plan.batches_per_epoch)
-    parts = [plan.rows(2, 0, plan.batches_per_epoch, rank=r, world=world) for r in range(world)]
-    assert np.array_equal(np.concatenate(parts, axis=1), whole)
-    assert all(p.shape[1] == 24 // world for p in parts)
+@settings(max_examples=60, deadline=None)
+@given(
+    num_cells=st.integers(24, 900),
+    seed=st.integers(0, 3),
+    epoch=st.integers(0, 3),
+    window=st.integers(1, 12),
+    run=st.sampled_from([1, 7, 64]),
+    stop=st.integers(0, 40),
+    worlds=st.tuples(*[st.sampled_from([1, 2, 3, 4, 6, 12, 24])] * 2),
+)
+def test_any_resume_on_any_other_number_of_workers_keeps_the_order(
+    num_cells, seed, epoch, window, run, stop, worlds
+):
+    plan = make(num_cells, seed=seed, window_batches=window, run_cells=run)
+    last = plan.batches_per_epoch
+    stop = min(stop, last)
+    whole = plan.rows(epoch, 0, last)
+    for world, first, end in ((worlds[0], 0, stop), (worlds[1], stop, last)):
+        parts = [plan.rows(epoch, first, end, rank=r, world=world) for r in range(world)]
+        assert np.array_equal(np.concatenate(parts, axis=1), whole[first:end])
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 19])
@@ -84,6 +99,49 @@ def test_the_remainder_changes_between_epochs():
     assert len(set(left)) == 4
 
 
+def test_every_cell_is_left_out_equally_often():
+    plan = make(64 * 24 * 2 + 23, cells_global=24, run_cells=64, window_batches=64)
+    missed = np.zeros(len(plan.joinids), dtype=int)
+    epochs = 600
+    for epoch in range(epochs):
+        rows = plan.rows(epoch, 0, plan.batches_per_epoch).reshape(-1)
+        missed += ~np.isin(plan.joinids, rows)
+    assert missed.sum() == 23 * epochs
+    # the last 23 cells fill no run of their own: they must not be missed more than the others
+    assert missed[-23:].mean() == pytest.approx(missed.mean(), rel=0.5)
+    assert missed.max() < 20  # 4.5 expected
+
+
+def test_whole_runs_are_read_together_wherever_they_fill_the_lanes():
+    """A window reads whole runs: its cells fall into as few runs as can hold them."""
+    size = window_batches(32, lanes=16, run_cells=64, window_cells=4096)
+    plan = make(40_000, cells_global=32, lanes=16, run_cells=64, window_batches=size)
+    assert size * 32 == 4096
+    for first in range(0, plan.batches_per_epoch - size, size):
+        runs = np.unique((plan.rows(0, first, first + size) - 5) // 3 // 64)
+        assert (
+            len(runs) <= 4096 // 64 + 1
+        )  # one cell of another run may stand in for a left-out one
+
+
+@pytest.mark.parametrize(
+    ("cells_global", "lanes", "run_cells", "window_cells", "expected"),
+    [
+        (64, 64, 64, 16_384, 256),
+        (2048, 64, 64, 16_384, 8),
+        (2048, 64, 64, 1, 2),  # at least a whole run in every lane
+        (12, 12, 64, 16_384, 1344),
+        (48, 48, 100, 4_800, 100),
+        (61 * 61, 61, 64, 3_721, 1),  # no common multiple in reach: runs are split
+    ],
+)
+def test_window_batches(cells_global, lanes, run_cells, window_cells, expected):
+    found = window_batches(
+        cells_global, lanes=lanes, run_cells=run_cells, window_cells=window_cells
+    )
+    assert found == expected
+
+
 def test_bucketing_puts_cells_of_like_length_in_a_batch():
     spread = {}
     for lengths in (True, False):
@@ -101,6 +159,15 @@ def test_a_batch_mixes_distant_places_of_the_store():
     distinct = np.mean([len(np.unique(batch)) for batch in tenths])
     expected = 10 * (1 - 0.9**32)  # of 10 tenths in 32 independent draws
     assert distinct > 0.93 * expected
+
+
+def test_a_plan_of_thirty_million_cells_holds_a_number_a_run_and_finds_any_batch():
+    joinids = np.arange(30_000_000, dtype=np.int64)
+    plan = EpochPlan(joinids, None, seed=0, cells_global=2048, lanes=64, window_batches=8)
+    rows = plan.rows(5, 7000, 7002, rank=3, world=8)
+    again = plan.rows(5, 6992, 7008)
+    assert np.array_equal(rows, again[8:10, 3 * 256 : 4 * 256])
+    assert len(np.unique(again)) == again.size
 
 
 def test_cursor_and_step_are_inverse():

@@ -72,7 +72,7 @@ def test_our_defaults_and_the_users_settings_reach_tiledb():
     config = storage.context((("vfs.s3.connect_max_tries", "3"),)).native_context.config()
     assert config["vfs.s3.connect_max_tries"] == "3"
     assert config["vfs.s3.request_timeout_ms"] == "10000"
-    assert config["sm.compute_concurrency_level"] == "2"
+    assert config["sm.compute_concurrency_level"] == "1"
 
 
 @pytest.mark.parametrize(

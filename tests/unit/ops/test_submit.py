@@ -369,7 +369,16 @@ def test_a_job_that_fails_passes_its_exit_code_through(
     assert lines[-1] == f"job {job_id} failed (exit code 7): {reason}"
 
 
+@pytest.fixture
+def _ctrl_c_works() -> Iterator[None]:
+    """A shell starts what runs in the background with SIGINT ignored, test runs as well."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.ray
+@pytest.mark.usefixtures("_ctrl_c_works")
 def test_ctrl_c_leaves_the_job_running(
     cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
