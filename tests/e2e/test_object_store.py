@@ -251,3 +251,7 @@ def test_of_a_census_in_a_bucket_only_what_is_asked_for_is_read(s3, options, tmp
     block = store.read_block(np.arange(5), np.arange(80, dtype=np.int32))
     assert block.counts.sum() == counts[:5].sum()
     assert not any("normalized" in p for p in s3.seen()["paths"])
+    s3.faults()
+    assert store.fingerprint(np.arange(300)) != store.fingerprint(np.arange(299))
+    cells = [p for p in s3.seen()["paths"] if "/X/raw/__fragments/" in p]
+    assert {p.rsplit("/", 1)[1] for p in cells} <= {"__fragment_metadata.tdb"}  # no counts

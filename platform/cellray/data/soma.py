@@ -174,16 +174,21 @@ class Store:
     def _x(self) -> Any:
         return self._experiment.ms[self.measurement].X[self.layer]
 
-    def _var_table(self) -> pa.Table:
-        with self._open() as experiment:
+    def _asked(self, what: str, read: Callable[[Any], T]) -> T:
+        """Read from a new handle, again if the storage fails."""
+
+        def once() -> T:
             try:
-                return experiment.ms[self.measurement].var.read().concat()
+                with self._open() as experiment:
+                    return read(experiment)
             except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
-                raise DataError(f"var of '{self.uri}' cannot be read: {error}") from error
+                raise DataError(f"{what} of '{self.uri}' cannot be read: {error}") from error
+
+        return self._retried(once, lambda: f"{what} of '{self.uri}'")
 
     @cached_property
     def _var(self) -> pd.DataFrame:
-        table = self._retried(self._var_table, lambda: f"var of '{self.uri}'")
+        table = self._asked("var", lambda e: e.ms[self.measurement].var.read().concat())
         frame = _to_pandas(table).sort_values(schema.JOINID, ignore_index=True)
         frame = frame.iloc[: self.num_genes]
         ids = next((c for c in schema.GENE_IDS if c in frame), None)
@@ -217,16 +222,9 @@ class Store:
         """
         return self._var.copy()
 
-    def _obs_fields(self) -> dict[str, pa.DataType]:
-        with self._open() as experiment:
-            try:
-                return {f.name: f.type for f in experiment.obs.schema}
-            except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
-                raise DataError(f"obs of '{self.uri}' cannot be opened: {error}") from error
-
     @cached_property
     def _obs_types(self) -> dict[str, pa.DataType]:
-        return self._retried(self._obs_fields, lambda: f"obs of '{self.uri}'")
+        return self._asked("obs", lambda e: {f.name: f.type for f in e.obs.schema})
 
     def obs_columns(self) -> list[str]:
         """Names of the obs columns, in the store's order."""
@@ -415,21 +413,24 @@ class Store:
 
     def _snapshot_digest(self, ascending: I64) -> str:
         until = parse_moment(self.timestamp) if self.timestamp else None
-        names = fragments(self._x.uri, self.tiledb, until_ms=until)
+        uri = self._asked("X", lambda e: str(e.ms[self.measurement].X[self.layer].uri))
+        names = self._retried(
+            lambda: fragments(uri, self.tiledb, until_ms=until), lambda: f"'{uri}'"
+        )
         if names is None:
-            names = [self._x.uri, self.timestamp]
+            names = [uri, self.timestamp]
         genes = [strip_version(g) for g in self._var["feature_id"]]
         return snapshot.digest(names, genes, ascending)
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
         """What was ingested: one entry a file; empty for a store that we did not write."""
-        text = self._experiment.metadata.get(schema.META_LEDGER, "[]")
+        text = self._asked("metadata", lambda e: e.metadata.get(schema.META_LEDGER, "[]"))
         return snapshot.entries_of(json.loads(text), self.shape[0])
 
     def _distinct(self, name: str, kind: pa.DataType) -> int | None:
         if pa.types.is_dictionary(kind):
-            return len(self._experiment.obs.get_enumeration_values([name])[name])
+            return self._asked("obs", lambda e: len(e.obs.get_enumeration_values([name])[name]))
         if self.num_cells > _COUNT_PLAIN_CELLS:
             return None
         column = self._obs_table([name], value_filter=None, joinids=None).column(name)
@@ -439,8 +440,7 @@ class Store:
         """What the store holds, JSON-like.
 
         Returns:
-            ``uri``, ``measurement``, ``layer``, ``layers``, ``cells``, ``genes``,
-            ``obs_columns``
+            ``uri``, ``measurement``, ``layer``, ``layers``, ``cells``, ``genes``, ``obs_columns``
             (name -> ``type``, and for strings ``distinct``: how many values; None where counting
             would mean reading more than a million), ``files`` (the ledger) and ``bytes_on_disk``
             (None for an object store).
@@ -460,7 +460,7 @@ class Store:
             "uri": self.uri,
             "measurement": self.measurement,
             "layer": self.layer,
-            "layers": sorted(self._experiment.ms[self.measurement].X),
+            "layers": self._asked("X", lambda e: sorted(e.ms[self.measurement].X)),
             "cells": self.num_cells,
             "genes": self.num_genes,
             "obs_columns": columns,
