@@ -1,4 +1,4 @@
-"""The ``cellray`` command: six jobs, submission, and looking at what there is."""
+"""The ``cellray`` command: seven jobs, submission, and looking at what there is."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ __all__ = ["main"]
 
 _JOB_HELP = {
     "ingest": "h5ad files -> one TileDB-SOMA experiment",
+    "synthesize": "a synthetic atlas with known biology -> a TileDB-SOMA experiment",
     "pretrain": "self-supervised pretraining of a model family on a store",
     "finetune": "supervised fine-tuning from a checkpoint, or from scratch",
     "tune": "a Ray Tune sweep of fine-tuning runs",

@@ -1,4 +1,4 @@
-"""Whole-run sections of the six jobs, their cross-field rules, and how a run is executed.
+"""Whole-run sections of the jobs, their cross-field rules, and how a run is executed.
 
 ``load_run(job, file, overrides)`` gives a validated run; ``run_job(run)`` executes it. Importing
 this module imports no Ray, DeepSpeed, TileDB-SOMA or MLflow.
@@ -24,6 +24,7 @@ from cellray.core.section import (
     to_dict,
 )
 from cellray.data.config import DataSection
+from cellray.data.synthetic_config import SynthesizeConfig
 from cellray.models.base import family
 from cellray.train.config import (
     BatchSection,
@@ -44,6 +45,7 @@ __all__ = [
     "IngestRun",
     "PretrainRun",
     "Run",
+    "SynthesizeRun",
     "TuneRun",
     "build_run",
     "load_run",
@@ -70,6 +72,12 @@ class IngestRun(Run):
 
     name: str = Field(default="ingest", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     ingest: Section
+
+
+class SynthesizeRun(SynthesizeConfig, Run):
+    """A synthetic atlas with known biology; its keys stand at the top, without a table."""
+
+    name: str = Field(default="synthesize", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
 class _TrainingRun(Run):
@@ -215,6 +223,7 @@ class TuneRun(Run):
 # job -> (section, "module:function" that executes it)
 JOBS: Mapping[str, tuple[type[Run], str]] = {
     "ingest": (IngestRun, "cellray.data.ingest_job:run_ingest"),
+    "synthesize": (SynthesizeRun, "cellray.ops.synthesize:run_synthesize"),
     "pretrain": (PretrainRun, "cellray.train.pretrain:pretrain"),
     "finetune": (FinetuneRun, "cellray.train.finetune:finetune"),
     "tune": (TuneRun, "cellray.tune.sweep:tune"),

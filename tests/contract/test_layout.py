@@ -20,6 +20,7 @@ HOMES = {
     "ray": {
         "data/datasource.py",
         "data/pipeline.py",
+        "data/synthetic_blocks.py",
         "train/worker.py",
         "train/trainer.py",
         "train/telemetry.py",
@@ -29,7 +30,15 @@ HOMES = {
         "ops/environment.py",
     },
     "deepspeed": {"train/deepspeed.py"},
-    "tiledbsoma": {"data/soma.py", "data/storage.py", "data/ingest.py", "data/writer.py"},
+    "tiledbsoma": {
+        "data/soma.py",
+        "data/storage.py",
+        "data/ingest.py",
+        "data/writer.py",
+        "data/synthetic.py",
+        "data/synthetic_blocks.py",
+        "data/synthetic_truth.py",
+    },
     "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
 }
 

@@ -31,6 +31,7 @@ __all__ = ["StepTokens", "cached_stream", "token_stream", "write_cache"]
 I64 = npt.NDArray[np.int64]
 
 _PIECE_BYTES = 32 << 20  # of a window, handed on at a time
+_LEAST_AHEAD_BYTES = 128 << 20
 _CACHED_CELLS = 1024  # gathered from a cache at a time
 
 
@@ -176,8 +177,20 @@ def _dataset(
     )
     options = dataset.context.execution_options
     options.preserve_order = True
+    # back-pressure: without a limit the actors run ahead until half of the object store is full
+    options.resource_limits = ray.data.ExecutionResources.for_limits(
+        object_store_memory=_ahead_bytes(source, plan, world, size)
+    )
     dataset.context.enable_progress_bars = False
     return dataset
+
+
+def _ahead_bytes(source: TokenSource, plan: Plan, world: int, actors: int) -> int:
+    """What the actors of a rank may hold in the object store: two windows each, with room."""
+    per_cell = plan.mean_length or float(source.tokenizer.get("max_tokens", 2048))
+    per_token = source.token_dtype.itemsize + source.value_dtype.itemsize
+    window = plan.window_batches * plan.cells_global // world * per_cell * per_token
+    return int(max(_LEAST_AHEAD_BYTES, 2 * (actors + 1) * window))
 
 
 def cached_stream(

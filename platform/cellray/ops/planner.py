@@ -183,6 +183,10 @@ def estimate(run: Run) -> list[str]:
         from cellray.data.ingest_job import check_ingest
 
         return check_ingest(run)
+    if isinstance(run, runs.SynthesizeRun):
+        from cellray.ops.synthesize import check_synthesize
+
+        return check_synthesize(run)
     if isinstance(run, runs.BenchmarkRun):
         from cellray.bench.suite import check_benchmark
 
