@@ -46,6 +46,17 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--no-wait", action="store_true", help="return once it is accepted")
     show = commands.add_parser("show", help="what a store, checkpoint or run holds, in words")
     show.add_argument("path")
+    copy = commands.add_parser("copy", help="a whole store to or from an object store")
+    copy.add_argument("source", metavar="SRC", help="a folder, s3://bucket/store or census:...")
+    copy.add_argument("target", metavar="DST", help="a folder or s3://bucket/store")
+    for sub in (show, copy):
+        sub.add_argument(
+            "--tiledb",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="a TileDB setting, e.g. vfs.s3.endpoint_override=http://localhost:9000",
+        )
     commands.add_parser("doctor", help="what this machine has, what is missing, what to do")
     return parser
 
@@ -90,10 +101,30 @@ def _job(job: str, words: Sequence[str], *, check: bool) -> int:
     return 0
 
 
-def _show(path: str) -> int:
+def _settings(words: Sequence[str]) -> dict[str, str]:
+    """The ``--tiledb KEY=VALUE`` of the command line."""
+    pairs = [word.partition("=") for word in words]
+    for key, equals, _ in pairs:
+        if not key or not equals:
+            raise ConfigError(f"--tiledb {key}: write it KEY=VALUE, e.g. vfs.s3.region=us-west-2")
+    return {key: value for key, _, value in pairs}
+
+
+def _copy(source: str, target: str, tiledb: Sequence[str]) -> int:
+    from cellray.data.copying import copy_store
+
+    report = copy_store(source, target, tiledb=_settings(tiledb), progress=say)
+    print(
+        f"{report.target}: {report.files} files, {report.bytes / 1e6:.1f} MB, of which "
+        f"{report.files_copied} copied in {report.seconds:.1f} s"
+    )
+    return 0
+
+
+def _show(path: str, tiledb: Sequence[str]) -> int:
     from cellray.ops.show import show
 
-    for line in show(path):
+    for line in show(path, tiledb=_settings(tiledb)):
         print(line)
     return 0
 
@@ -138,7 +169,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if arguments.command == "submit":
             return _submit(arguments)
         if arguments.command == "show":
-            return _show(arguments.path)
+            return _show(arguments.path, arguments.tiledb)
+        if arguments.command == "copy":
+            return _copy(arguments.source, arguments.target, arguments.tiledb)
         return _doctor()
     except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)

@@ -32,6 +32,7 @@ HOMES = {
     "deepspeed": {"train/deepspeed.py"},
     "tiledbsoma": {
         "data/soma.py",
+        "data/storage.py",
         "data/ingest.py",
         "data/writer.py",
         "data/synthetic.py",

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from cellray.core.errors import DataError, did_you_mean
-from cellray.data.schema import STAGING_SUFFIX
+from cellray.data.census import is_census, locate_census
+from cellray.data.schema import COPY_MARKER, STAGING_SUFFIX
+from cellray.data.storage import Settings, settings
 
-__all__ = ["local_path", "refuse_missing"]
+__all__ = ["address", "local_path", "refuse_missing"]
 
 _SHOWN = 8  # names listed in a message
+_SWAP_S = 2.0  # an append puts its store in place by two renames; between them there is none
+_SWAP_POLL_S = 0.005
+
+
+def address(uri: str, tiledb: Mapping[str, str] | None = None) -> tuple[str, Settings]:
+    """The absolute path or object-store URI of a store, and the settings to reach it with.
+
+    Args:
+        uri: a folder, ``file://``, an object-store URI, or ``census:VERSION/ORGANISM``.
+        tiledb: TileDB settings; they have the last word.
+
+    Raises:
+        ConfigError: a setting that is not allowed, or a ``census:`` of another form.
+        DataError: a release of the Census that cannot be looked up.
+    """
+    public: dict[str, str] = {}
+    if is_census(uri):
+        uri, public = locate_census(uri)
+    path = local_path(uri)
+    options = settings({**public, **(tiledb or {})}, remote=path is None)
+    return (uri.rstrip("/") if path is None else str(path)), options
 
 
 def local_path(uri: str) -> Path | None:
@@ -27,12 +52,25 @@ def _is_tiledb(path: Path) -> bool:
     return _is_group(path) or (path / "__schema").is_dir()
 
 
+def _await_swap(path: Path) -> None:
+    """Wait while an append that is putting its store in place has moved the old one away."""
+    previous = path.with_name(path.name + STAGING_SUFFIX) / "previous"
+    until = time.monotonic() + _SWAP_S
+    while not path.exists() and previous.exists() and time.monotonic() < until:
+        time.sleep(_SWAP_POLL_S)
+
+
 def refuse_missing(path: Path) -> None:
     """Explain why there is no store at ``path``, if there is none.
 
     Raises:
-        DataError: an unfinished or interrupted ingest, a file, a plain folder, or nothing.
+        DataError: an unfinished or interrupted ingest or copy, a file, a plain folder, or nothing.
     """
+    _await_swap(path)
+    if (path / COPY_MARKER).is_file():
+        raise DataError(
+            f"'{path}' is an unfinished copy, not a store; run the same `cellray copy` again"
+        )
     if any(part.endswith(STAGING_SUFFIX) for part in path.parts):
         raise DataError(f"'{path}' is an unfinished ingest, not a store; run the ingest again")
     if path.is_file():

@@ -21,6 +21,7 @@ from cellray.core.errors import DataError
 __all__ = [
     "CELL_HASH",
     "CELL_IDS",
+    "COPY_MARKER",
     "DATASET_ID",
     "FORMAT_VERSION",
     "GENE_IDS",
@@ -65,6 +66,7 @@ META_FORMAT = "cellray_format"
 META_LEDGER = "cellray_ledger"
 FORMAT_VERSION = 1
 STAGING_SUFFIX = ".ingesting"
+COPY_MARKER = "cellray_copy.json"  # at the target of a copy until it is complete
 
 ROW_TILE = 64
 GENE_TILE = 1 << 20  # all genes of any measurement we know, with room to grow (ATAC peaks too)

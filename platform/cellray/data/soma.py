@@ -7,10 +7,10 @@ where it is first used.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,46 +21,23 @@ import tiledbsoma
 
 from cellray.core.blocks import CellBlock
 from cellray.core.errors import DataError, did_you_mean
-from cellray.data import schema
-from cellray.data.digest import cell_hashes, content_digest, hash64
-from cellray.data.locate import local_path, refuse_missing
+from cellray.data import schema, snapshot
+from cellray.data.digest import content_digest
+from cellray.data.files import fragments
+from cellray.data.locate import address, local_path
+from cellray.data.opening import open_experiment
+from cellray.data.retry import read_with_retry
 from cellray.data.rows import RowGatherer
+from cellray.data.storage import Settings, brief, iso, may_pass, now_ms, parse_moment, past_moment
 from cellray.data.vocab import strip_version
 
 __all__ = ["Store", "open_store"]
 
 I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
-U64 = npt.NDArray[np.uint64]
+T = TypeVar("T")
 
-_THREADS = 1  # each process of a machine that runs many; TileDB's default is one per core
-# what a chunk of a column holds: chunks that stay in the processor's cache are read up to twice as
-# fast as ones of 64 MB and more
-_BUFFER_BYTES = 4 << 20
-_HASH_CELLS = 4096
 _COUNT_PLAIN_CELLS = 1_000_000  # beyond this, plain string columns are not counted for `show`
-
-
-@lru_cache(maxsize=1)
-def _context() -> Any:
-    """The TileDB context of this process."""
-    return tiledbsoma.SOMATileDBContext(
-        tiledb_config={
-            "sm.compute_concurrency_level": str(_THREADS),
-            "sm.io_concurrency_level": str(_THREADS),
-            "soma.init_buffer_bytes": str(_BUFFER_BYTES),
-        }
-    )
-
-
-def _open_experiment(uri: str) -> Any:
-    try:
-        found = tiledbsoma.open(uri, context=_context())
-    except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
-        raise DataError(f"'{uri}' cannot be opened as a SOMA experiment: {error}") from error
-    if found.soma_type != "SOMAExperiment":
-        raise DataError(f"'{uri}' is a {found.soma_type}, not a SOMAExperiment")
-    return found
 
 
 def _require(uri: str, what: str, name: str, allowed: Sequence[str]) -> None:
@@ -72,24 +49,50 @@ def _require(uri: str, what: str, name: str, allowed: Sequence[str]) -> None:
 
 
 def open_store(
-    uri: str, *, measurement: str = schema.MEASUREMENT, layer: str = schema.LAYER
+    uri: str,
+    *,
+    measurement: str = schema.MEASUREMENT,
+    layer: str = schema.LAYER,
+    timestamp: str = "",
+    tiledb: Mapping[str, str] | None = None,
 ) -> Store:
     """Open a SOMA experiment for reading.
 
     Args:
         uri: a local folder or an object-store URI; one of our stores or a Census organism, e.g.
-            ``.../homo_sapiens``.
+            ``.../homo_sapiens``; or ``census:2025-01-30/homo_sapiens``, see
+            :func:`cellray.data.census.locate_census`.
         measurement: its measurement.
         layer: the X layer with raw counts.
+        timestamp: the moment whose cells and genes are seen, ISO 8601, UTC where it names no
+            zone; "" is now. What is appended after it is not seen.
+        tiledb: TileDB settings, see :func:`cellray.data.storage.settings`.
 
     Raises:
-        DataError: there is no store, it is not a SOMA experiment, its ingest was interrupted, it
-            was written by a newer cellray, or it lacks the measurement or layer.
+        ConfigError: a setting or timestamp that is not allowed.
+        DataError: there is no store, or there was none at that time; it is not a SOMA experiment,
+            its ingest was interrupted, it was written by a newer cellray, or it lacks the
+            measurement or layer.
     """
-    path = local_path(uri)
-    if path is not None:
-        refuse_missing(path)
-    experiment = _open_experiment(str(path) if path is not None else uri)
+    place, options = address(uri, tiledb)
+    asked = past_moment(timestamp) if timestamp else None
+
+    def look() -> Store:
+        try:
+            return _look(place, options, asked, measurement, layer)
+        except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
+            raise DataError(f"'{uri}' cannot be read: {brief(error)}") from error
+
+    return read_with_retry(look, what=lambda: f"'{uri}'", tries=2)
+
+
+def _look(uri: str, options: Settings, asked: int | None, measurement: str, layer: str) -> Store:
+    """What an experiment holds, at a moment (ms) or now."""
+    experiment = open_experiment(uri, options)
+    ours = schema.META_FORMAT in experiment.metadata
+    until = now_ms() if asked is None else asked
+    if not ours:  # TileDB itself keeps the past of what is appended to in place
+        experiment = open_experiment(uri, options, at_ms=until)
     version = int(experiment.metadata.get(schema.META_FORMAT, schema.FORMAT_VERSION))
     if version > schema.FORMAT_VERSION:
         raise DataError(
@@ -101,13 +104,22 @@ def open_store(
         raise DataError(f"'{uri}' is a SOMA experiment without {lacks}")
     _require(uri, "measurement", measurement, list(experiment.ms))
     _require(uri, "layer", layer, list(experiment.ms[measurement].X))
-    num_cells, num_genes = experiment.ms[measurement].X[layer].shape
+    num_rows, num_genes = map(int, experiment.ms[measurement].X[layer].shape)
+    num_cells = int(experiment.obs.count)
+    if not ours:  # the shape of a foreign X may be a limit, not a size
+        num_genes = min(num_genes, int(experiment.ms[measurement].var.count))
+    elif asked is not None:
+        ledger = json.loads(experiment.metadata.get(schema.META_LEDGER, "[]"))
+        num_rows, num_genes = snapshot.size_at(uri, ledger, asked, measurement=measurement)
+        num_cells = num_rows
     return Store(
-        uri=str(path) if path is not None else uri,
+        uri=uri,
         measurement=measurement,
         layer=layer,
-        num_cells=int(experiment.obs.count),
-        shape=(int(num_cells), int(num_genes)),
+        num_cells=num_cells,
+        shape=(num_rows, num_genes),
+        timestamp="" if ours else iso(until),
+        tiledb=options,
     )
 
 
@@ -115,15 +127,20 @@ def open_store(
 class Store:
     """A locator of one X layer of a SOMA experiment; get one from :func:`open_store`.
 
-    Pickles as a few words; each process opens its own handle. It means the store as it was when it
-    was opened: cells and genes that are appended later, even while it is in use, are not seen.
+    Pickles as a few words; each process opens its own handle, with the same settings. It means the
+    store as it was at the time asked for, or when it was opened: cells and genes that are appended
+    later, even while it is in use, are not seen. Of a store that cellray wrote the obs columns are
+    those of today; one that came later is null in older cells.
 
     Attributes:
         uri: absolute path or object-store URI.
         measurement: the measurement that holds ``var`` and ``X``.
         layer: the X layer that is read.
         num_cells: cells in obs.
-        shape: (rows, V) of X; joinids are below ``rows``.
+        shape: (rows, V) of X; joinids are below ``rows``. Other writers may leave gaps.
+        timestamp: the moment at which TileDB looks at a store of other writers; "" for one of ours,
+            of which ``shape`` says what is seen.
+        tiledb: TileDB settings, sorted pairs.
     """
 
     uri: str
@@ -131,22 +148,47 @@ class Store:
     layer: str
     num_cells: int
     shape: tuple[int, int]
+    timestamp: str = ""
+    tiledb: Settings = ()
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def _open(self) -> Any:
+        at_ms = parse_moment(self.timestamp) if self.timestamp else None
+        return open_experiment(self.uri, self.tiledb, at_ms=at_ms)
+
+    def _reopen(self) -> None:
+        """Drop the handles: the next read opens new ones."""
+        for name in ("_experiment", "_x"):
+            self.__dict__.pop(name, None)
+
+    def _retried(self, read: Callable[[], T], what: Callable[[], str]) -> T:
+        return read_with_retry(read, what=what, reopen=self._reopen)
+
     @cached_property
     def _experiment(self) -> Any:
-        return _open_experiment(self.uri)
+        return self._open()
 
     @cached_property
     def _x(self) -> Any:
         return self._experiment.ms[self.measurement].X[self.layer]
 
+    def _asked(self, what: str, read: Callable[[Any], T]) -> T:
+        """Read from a new handle, again if the storage fails."""
+
+        def once() -> T:
+            try:
+                with self._open() as experiment:
+                    return read(experiment)
+            except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
+                raise DataError(f"{what} of '{self.uri}' cannot be read: {error}") from error
+
+        return self._retried(once, lambda: f"{what} of '{self.uri}'")
+
     @cached_property
     def _var(self) -> pd.DataFrame:
-        with _open_experiment(self.uri) as experiment:
-            table = experiment.ms[self.measurement].var.read().concat()
+        table = self._asked("var", lambda e: e.ms[self.measurement].var.read().concat())
         frame = _to_pandas(table).sort_values(schema.JOINID, ignore_index=True)
         frame = frame.iloc[: self.num_genes]
         ids = next((c for c in schema.GENE_IDS if c in frame), None)
@@ -182,8 +224,7 @@ class Store:
 
     @cached_property
     def _obs_types(self) -> dict[str, pa.DataType]:
-        with _open_experiment(self.uri) as experiment:
-            return {f.name: f.type for f in experiment.obs.schema}
+        return self._asked("obs", lambda e: {f.name: f.type for f in e.obs.schema})
 
     def obs_columns(self) -> list[str]:
         """Names of the obs columns, in the store's order."""
@@ -205,23 +246,33 @@ class Store:
                 )
         names = None if columns is None else list(dict.fromkeys([schema.JOINID, *columns]))
         coords = () if joinids is None else (pa.array(joinids),)
+        return self._retried(
+            lambda: self._read_obs(names, value_filter, coords), lambda: f"obs of '{self.uri}'"
+        )
+
+    def _read_obs(
+        self, names: list[str] | None, value_filter: str | None, coords: tuple[pa.Array, ...]
+    ) -> pa.Table:
         # obs is opened anew each time: an append writes it afresh, and a handle kept over one
         # would look for pieces that are gone
-        with _open_experiment(self.uri) as experiment:
+        with self._open() as experiment:
             try:
                 reader = experiment.obs.read(
                     coords, column_names=names, value_filter=value_filter or None
                 )
-                table = reader.concat()
-                return table.filter(pc.field(schema.JOINID) < self.shape[0])
-            except (tiledbsoma.SOMAError, SyntaxError, ValueError, TypeError) as error:
-                if not value_filter:
+            except (tiledbsoma.SOMAError, OSError, SyntaxError, ValueError, TypeError) as error:
+                if not value_filter or may_pass(error):
                     raise DataError(f"obs of '{self.uri}' cannot be read: {error}") from error
                 reason = str(error).split("\n")[0].removeprefix("SOMAError: ")
                 raise DataError(
                     f'obs filter "{value_filter}" is not understood: {reason}. Write it like '
-                    f"\"donor == 'd1' and nnz >= 200\"; columns: {', '.join(allowed)}"
-                ) from error
+                    f"\"donor == 'd1' and nnz >= 200\"; columns: {', '.join(self._obs_types)}"
+                ) from None  # without a cause: it is not tried again
+            try:
+                table = reader.concat()
+            except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
+                raise DataError(f"obs of '{self.uri}' cannot be read: {error}") from error
+            return table.filter(pc.field(schema.JOINID) < self.shape[0])
 
     def obs(
         self, columns: Sequence[str] | None = None, *, value_filter: str | None = None
@@ -264,7 +315,7 @@ class Store:
         try:
             for table in self._x.read((coords,)).tables():
                 gathered.add(*(table.column(i).to_numpy() for i in range(3)))
-        except tiledbsoma.SOMAError as error:
+        except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
             raise DataError(f"X/{self.layer} of '{self.uri}' cannot be read: {error}") from error
         return gathered
 
@@ -296,7 +347,10 @@ class Store:
             nothing = np.zeros(0, dtype=np.float32)
             genes = np.zeros(0, dtype=np.int32)
             return CellBlock(wanted, np.zeros(1, dtype=np.int64), genes, nothing, nothing)
-        indptr, genes, counts, library_sizes = self._read_rows(wanted, gene_map).rows()
+        gathered = self._retried(
+            lambda: self._read_rows(wanted, gene_map), lambda: self._named(wanted)
+        )
+        indptr, genes, counts, library_sizes = gathered.rows()
         return CellBlock(
             joinids=wanted,
             indptr=indptr,
@@ -306,11 +360,20 @@ class Store:
             obs=self._obs_arrays(wanted, obs) if obs else {},
         )
 
+    def _named(self, joinids: I64) -> str:
+        return (
+            f"X/{self.layer} of '{self.uri}', {len(joinids)} cells from joinid {joinids.min()} to "
+            f"{joinids.max()},"
+        )
+
     def _obs_arrays(
         self, joinids: I64, columns: Sequence[str]
     ) -> Mapping[str, npt.NDArray[np.generic]]:
         table = self._obs_table(columns, value_filter=None, joinids=np.sort(joinids))
-        frame = _to_pandas(table).set_index(schema.JOINID).loc[joinids]
+        frame = _to_pandas(table).set_index(schema.JOINID).reindex(joinids)
+        if len(table) < len(joinids):
+            gone = joinids[~np.isin(joinids, table.column(schema.JOINID).to_numpy())]
+            raise DataError(f"joinid {int(gone[0])} is not in obs of '{self.uri}'")
         return {
             name: frame[name].astype(object).to_numpy()
             if isinstance(frame[name].dtype, pd.CategoricalDtype)
@@ -324,23 +387,17 @@ class Store:
         frame = _to_pandas(table).set_index(schema.JOINID, drop=False).loc[joinids]
         return [str(v) for v in frame[column]]
 
-    def _hashes(self, joinids: I64) -> U64:
-        """(N,) content hash of each cell, as written at ingest or computed from X."""
-        if schema.CELL_HASH in self._obs_types:
-            found = self._obs_arrays(joinids, [schema.CELL_HASH])[schema.CELL_HASH]
-            return found.astype(np.uint64)
-        gene_hashes = hash64([strip_version(g) for g in self._var["feature_id"]])
-        every_gene = np.arange(self.num_genes, dtype=np.int32)
-        parts = [np.zeros(0, dtype=np.uint64)]
-        for first in range(0, len(joinids), _HASH_CELLS):
-            block = self.read_block(joinids[first : first + _HASH_CELLS], every_gene)
-            parts.append(cell_hashes(block.indptr, block.genes, block.counts, gene_hashes))
-        return np.concatenate(parts)
-
     def fingerprint(self, joinids: I64) -> str:
-        """SHA-256 of the given cells: their ids and counts, not their order or place.
+        """SHA-256 that says which cells, and which counts of them, a run was given.
 
-        Stores that we wrote keep a hash of each cell in obs; of others X is read.
+        Of a store that cellray wrote: the given cells' ids and the hash of their counts that obs
+        keeps, whatever their order or place, so that the same cells in another store agree.
+
+        Of other stores, without reading X (of 30 million cells that would take hours): the names
+        of X's fragments, which TileDB gives at random when it writes and whose contents it never
+        changes, with the genes and the joinids. The same store, or a copy of it, agrees; any
+        write to its X up to ``timestamp``, even of other cells, does not. Where fragments cannot
+        be listed (neither a folder nor ``s3://``), address and timestamp stand for them.
 
         Args:
             joinids: (N,) distinct joinids.
@@ -349,22 +406,34 @@ class Store:
         self._check_request(ascending)
         if len(ascending) == 0:
             return content_digest([], np.zeros(0, dtype=np.uint64))
-        return content_digest(self._cell_ids(ascending), self._hashes(ascending))
+        if schema.CELL_HASH not in self._obs_types:
+            return self._snapshot_digest(ascending)
+        hashes = self._obs_arrays(ascending, [schema.CELL_HASH])[schema.CELL_HASH]
+        return content_digest(self._cell_ids(ascending), hashes.astype(np.uint64))
+
+    def _snapshot_digest(self, ascending: I64) -> str:
+        until = parse_moment(self.timestamp) if self.timestamp else None
+        uri = self._asked("X", lambda e: str(e.ms[self.measurement].X[self.layer].uri))
+        names = self._retried(
+            lambda: fragments(uri, self.tiledb, until_ms=until), lambda: f"'{uri}'"
+        )
+        if names is None:
+            names = [uri, self.timestamp]
+        genes = [strip_version(g) for g in self._var["feature_id"]]
+        return snapshot.digest(names, genes, ascending)
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
         """What was ingested: one entry a file; empty for a store that we did not write."""
-        text = self._experiment.metadata.get(schema.META_LEDGER, "[]")
-        found: list[dict[str, Any]] = json.loads(text)
-        return found
+        text = self._asked("metadata", lambda e: e.metadata.get(schema.META_LEDGER, "[]"))
+        return snapshot.entries_of(json.loads(text), self.shape[0])
 
     def _distinct(self, name: str, kind: pa.DataType) -> int | None:
-        obs = self._experiment.obs
         if pa.types.is_dictionary(kind):
-            return len(obs.get_enumeration_values([name])[name])
+            return self._asked("obs", lambda e: len(e.obs.get_enumeration_values([name])[name]))
         if self.num_cells > _COUNT_PLAIN_CELLS:
             return None
-        column = obs.read(column_names=[name]).concat().column(name)
+        column = self._obs_table([name], value_filter=None, joinids=None).column(name)
         return len(column.drop_null().unique())
 
     def describe(self) -> dict[str, Any]:
@@ -391,7 +460,7 @@ class Store:
             "uri": self.uri,
             "measurement": self.measurement,
             "layer": self.layer,
-            "layers": sorted(self._experiment.ms[self.measurement].X),
+            "layers": self._asked("X", lambda e: sorted(e.ms[self.measurement].X)),
             "cells": self.num_cells,
             "genes": self.num_genes,
             "obs_columns": columns,

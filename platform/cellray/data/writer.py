@@ -15,7 +15,7 @@ import pyarrow as pa
 import tiledbsoma
 from scipy import sparse
 
-from cellray.data import schema
+from cellray.data import schema, snapshot
 from cellray.data.staging import link_tree
 
 __all__ = [
@@ -50,13 +50,13 @@ def create_groups(
 
     Args:
         place: a folder that holds ``obs`` and, for each measurement, ``var`` and ``X/raw``.
-        ledger: one JSON-like entry for each file that is in the store.
+        ledger: one JSON-like entry for each file that is in the store; those without a time get
+            the present one and what the store holds now, see :mod:`cellray.data.snapshot`.
         measurements: names of the measurements.
         metadata: further metadata of the experiment.
     """
     with tiledbsoma.Experiment.create(str(place)) as experiment:
         experiment.metadata[schema.META_FORMAT] = schema.FORMAT_VERSION
-        experiment.metadata[schema.META_LEDGER] = json.dumps(ledger)
         for key, value in (metadata or {}).items():
             experiment.metadata[key] = value
         collection = experiment.add_new_collection("ms")
@@ -69,6 +69,14 @@ def create_groups(
         for parent, name, path in members:
             with tiledbsoma.open(str(path)) as member:
                 parent.set(name, member, use_relative_uri=True)
+        with tiledbsoma.open(str(place / "obs")) as obs:
+            cells = int(obs.count)
+        genes = {}
+        for name in measurements:
+            with tiledbsoma.open(str(measurement_path(place, name) / "var")) as var:
+                genes[name] = int(var.count)
+        stamped = snapshot.stamp(ledger, cells=cells, genes=genes)
+        experiment.metadata[schema.META_LEDGER] = json.dumps(stamped)
 
 
 def write_table(path: Path, table: pa.Table) -> None:

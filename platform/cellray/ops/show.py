@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from cellray.core.errors import DataError, did_you_mean
+from cellray.data.census import is_census
 from cellray.data.soma import open_store
 from cellray.train.checkpoint import Manifest, read_checkpoint
 
 __all__ = ["show"]
 
 
-def _store(path: str) -> list[str]:
-    facts = open_store(path).describe()
+def _store(path: str, tiledb: Mapping[str, str] | None) -> list[str]:
+    facts = open_store(path, tiledb=tiledb).describe()
     lines = [
         f"SOMA experiment {facts['uri']}",
         f"  cells: {facts['cells']}",
@@ -77,15 +79,19 @@ def _run(path: Path) -> list[str]:
     return lines
 
 
-def show(path: str) -> list[str]:
+def show(path: str, *, tiledb: Mapping[str, str] | None = None) -> list[str]:
     """Describe what lies at ``path``.
+
+    Args:
+        path: a checkpoint, a run, or a store, also one in an object store or of the Census.
+        tiledb: TileDB settings to reach a store with.
 
     Raises:
         DataError: nothing is there, or nothing that cellray knows.
     """
     place = Path(path)
-    if "://" in path:
-        return _store(path)
+    if "://" in path or is_census(path):
+        return _store(path, tiledb)
     if not place.exists():
         near = [p.name for p in place.parent.glob("*")] if place.parent.is_dir() else []
         raise DataError(f"nothing at '{path}'.{did_you_mean(place.name, near)}")
@@ -93,4 +99,4 @@ def show(path: str) -> list[str]:
         return _checkpoint(place)
     if (place / "run.json").is_file():
         return _run(place)
-    return _store(path)
+    return _store(path, tiledb)

@@ -89,7 +89,16 @@ def select_cells(
         DataError: no such store, measurement, layer or column, a bad filter, or nothing selected.
     """
     store = join_stores(
-        [open_store(uri, measurement=data.measurement, layer=data.layer) for uri in data.uris]
+        [
+            open_store(
+                uri,
+                measurement=data.measurement,
+                layer=data.layer,
+                timestamp=data.timestamp,
+                tiledb=data.tiledb,
+            )
+            for uri in data.uris
+        ]
     )
     known = store.obs_columns()
     named = columns(known) if callable(columns) else columns

@@ -229,8 +229,23 @@ def test_a_census_store_is_read_by_the_same_code(tmp_path, store):
     assert (dense(block, NUM_GENES) == COUNTS[joinids]).all()
     assert census.var()["feature_name"].iloc[2] == "S2"
     assert census.ledger == []
-    # computed from X here, read from obs there: the same cells, the same fingerprint
-    assert census.fingerprint(joinids) == store.fingerprint(joinids)
+
+
+def test_the_fingerprint_of_a_foreign_store_is_of_what_x_consists_of(tmp_path):
+    uri = make_census(tmp_path / "homo_sapiens", COUNTS)
+    census, ids = open_store(uri), np.array([5, 3, 100])
+    assert census.fingerprint(ids) == open_store(uri).fingerprint(ids[::-1])
+    assert census.fingerprint(ids) != census.fingerprint(ids[:2])
+    shutil.copytree(uri, tmp_path / "elsewhere")
+    assert open_store(str(tmp_path / "elsewhere")).fingerprint(ids) == census.fingerprint(ids)
+    other = make_census(tmp_path / "again", COUNTS)
+    assert open_store(other).fingerprint(ids) != census.fingerprint(ids)
+    before = census.fingerprint(ids)
+    with tiledbsoma.open(f"{uri}/ms/RNA/X/raw", "w") as x:
+        cell = {"soma_dim_0": [7], "soma_dim_1": [0], "soma_data": np.float32([9])}
+        x.write(pa.table(cell))
+    assert census.fingerprint(ids) == before  # what it saw when it was opened
+    assert open_store(uri).fingerprint(ids) != before
 
 
 def test_ingest_does_not_touch_a_store_it_did_not_write(tmp_path, write_h5ad):
