@@ -20,6 +20,7 @@ HOMES = {
     "ray": {
         "data/datasource.py",
         "data/pipeline.py",
+        "data/ingest_tasks.py",
         "train/worker.py",
         "train/trainer.py",
         "train/telemetry.py",
@@ -29,7 +30,13 @@ HOMES = {
         "ops/environment.py",
     },
     "deepspeed": {"train/deepspeed.py"},
-    "tiledbsoma": {"data/soma.py", "data/ingest.py", "data/writer.py"},
+    "tiledbsoma": {
+        "data/soma.py",
+        "data/ingest.py",
+        "data/existing.py",
+        "data/parts.py",
+        "data/writer.py",
+    },
     "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
 }
 
