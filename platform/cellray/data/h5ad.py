@@ -161,14 +161,9 @@ class H5adFile:
             if not (isinstance(node, h5py.Dataset) and h5py.check_string_dtype(node.dtype)):
                 values = np.asarray(anndata.io.read_elem(node))
                 return pa.array([str(v) for v in values], pa.large_string())
-            text = node.asstr()
-            parts = [
-                pa.array(text[i : i + _IDS_AT_ONCE].tolist(), pa.large_string())
-                for i in range(0, len(node), _IDS_AT_ONCE)
-            ]
+            return _texts(node)
         except _READ_ERRORS as error:
             raise self._unreadable(f"the ids of {part}", error) from error
-        return pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
 
     def _frame(self, part: str) -> pd.DataFrame:
         try:
@@ -179,8 +174,8 @@ class H5adFile:
             raise DataError(f"'{self.path}': {part} is not a table but a {type(frame).__name__}")
         return frame
 
-    def obs(self) -> Iterator[tuple[str, pd.Series]]:
-        """The columns of obs, one at a time: a wide obs of many cells is never held twice."""
+    def obs(self) -> Iterator[tuple[str, pd.Series | pa.Array]]:
+        """The columns of obs, one at a time, plain text as Arrow: obs is never held twice."""
         group = self._file["obs"]
         if "column-order" not in group.attrs or "__categories" in group:  # before AnnData 0.8
             frame = self._frame("obs")
@@ -188,7 +183,9 @@ class H5adFile:
             return
         for name in group.attrs["column-order"]:
             try:
-                values = anndata.io.read_elem(group[name])
+                node = group[name]
+                text = isinstance(node, h5py.Dataset) and h5py.check_string_dtype(node.dtype)
+                values = _texts(node) if text else anndata.io.read_elem(node)
             except _READ_ERRORS as error:
                 raise self._unreadable(f"obs column {name}", error) from error
             if len(values) != self.num_cells:
@@ -196,7 +193,7 @@ class H5adFile:
                     f"'{self.path}': obs column '{name}' has {len(values)} values for "
                     f"{self.num_cells} cells"
                 )
-            yield str(name), pd.Series(values)
+            yield str(name), values if text else pd.Series(values)
 
     def var(self, layer: str) -> pd.DataFrame:
         """The genes of ``layer``: ``raw.X`` has its own."""
@@ -236,7 +233,10 @@ class H5adFile:
         return self._file["obsm"][name]
 
     def obsm_names(self, name: str) -> list[str]:
-        """Names of an obsm's columns: the table's, or ``uns["<name>_names"]``, else 0 .. n-1.
+        """Names of an obsm's columns: the table's, or those in uns, else 0 .. n-1.
+
+        For ``obsm["protein_counts"]`` uns is looked up for ``protein_counts_names``, then for
+        ``protein_names``.
 
         Raises:
             DataError: no such obsm, or names that do not fit it.
@@ -246,7 +246,8 @@ class H5adFile:
             return [str(c) for c in node.attrs["column-order"]]
         width = self.shape(OBSM + name)[1]
         uns = self._file.get("uns", {})
-        key = next((k for k in (f"{name}_names", f"{name}_columns") if k in uns), None)
+        stem = name.rpartition("_")[0]  # protein_counts -> protein_names
+        key = next((k for k in (f"{name}_names", f"{stem}_names") if k in uns), None)
         if key is None:
             return [str(i) for i in range(width)]
         names = [str(n) for n in np.asarray(anndata.io.read_elem(uns[key])).ravel()]
@@ -405,6 +406,16 @@ class H5adFile:
                 f"'{self.path}': cells {first}-{last - 1} hold {values:,} values, more than a "
                 f"block's offsets can count (2^31 - 1); set cells_per_block to {fitting} or less"
             )
+
+
+def _texts(node: h5py.Dataset) -> pa.LargeStringArray:
+    """A dataset of strings as Arrow, without all of them as Python's."""
+    text = node.asstr()
+    parts = [
+        pa.array(text[i : i + _IDS_AT_ONCE].tolist(), pa.large_string())
+        for i in range(0, len(node), _IDS_AT_ONCE)
+    ]
+    return pa.concat_arrays(parts) if parts else pa.array([], pa.large_string())
 
 
 def _columns(node: Any, first: int, last: int) -> npt.NDArray[Any]:

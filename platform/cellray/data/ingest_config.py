@@ -20,8 +20,8 @@ class MeasurementConfig(Section):
     Attributes:
         files: one h5ad file for each file of ``ingest.files``, "" where there is none; cells are
             joined by cell id.
-        obsm: name of an obsm of the main files: a table, or a matrix whose columns
-            ``uns["<obsm>_names"]`` names.
+        obsm: name of an obsm of the main files: a table, or a matrix whose columns are named in
+            uns (``protein_counts``: ``protein_counts_names`` or ``protein_names``).
         feature_types: the features of the main files whose var ``feature_types`` says so, e.g.
             ``Peaks`` or ``Antibody Capture``; they are no genes of the RNA measurement then.
         layer: where the counts are in ``files``, as ``ingest.layer``.

@@ -124,8 +124,10 @@ def histogram_options() -> dict[str, Any]:
     return {"tiledb": {"create": create}}
 
 
-def _column(values: pd.Series) -> pa.Array:
+def _column(values: pd.Series | pa.Array) -> pa.Array:
     """One obs column as Arrow: bool, int and float kept, everything else as strings."""
+    if isinstance(values, pa.Array):
+        return values
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.astype(values.cat.categories.dtype) if _plain(values) else values
     kind = values.dtype.kind if hasattr(values.dtype, "kind") else "O"
@@ -148,7 +150,9 @@ def _plain(values: pd.Series) -> bool:
     return values.cat.categories.dtype.kind in "biuf" and not bool(values.isna().any())
 
 
-def obs_to_arrow(obs: pd.DataFrame | Iterable[tuple[str, pd.Series]]) -> pa.Table:
+def obs_to_arrow(
+    obs: pd.DataFrame | Iterable[tuple[str, pd.Series | pa.Array]],
+) -> pa.Table:
     """The columns of an AnnData obs frame as Arrow, the index left out.
 
     A column whose name the store uses itself (``obs_id``, ``nnz`` ...) or that SOMA reserves

@@ -40,6 +40,7 @@ _MANTISSA_BITS = 7
 _BUCKET_BITS = 12
 _LOWEST_EXPONENT = -18  # 10,000 / 2.6e9: no cell has more counts than that
 _SHIFT = np.uint32(23 - _MANTISSA_BITS)
+_STRETCH = 1 << 18  # keys merged at a time
 _BASE = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
 
 NUM_BUCKETS = 1 << _BUCKET_BITS
@@ -57,15 +58,15 @@ class Sketch:
 
     Attributes:
         keys: (K,) uint32, ascending: gene * 4,096 + bucket.
-        counts: (K,) int64, each at least 1.
+        counts: (K,) uint32, each at least 1.
     """
 
     keys: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
-    counts: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    counts: U32 = field(default_factory=lambda: np.zeros(0, np.uint32))
 
     def to_bytes(self) -> bytes:
         """The sketch as bytes; equal sketches give equal bytes."""
-        return self.keys.astype("<u4").tobytes() + self.counts.astype("<i8").tobytes()
+        return self.keys.astype("<u4").tobytes() + self.counts.astype("<u4").tobytes()
 
     @property
     def genes(self) -> I64:
@@ -82,15 +83,39 @@ class Sketch:
         """Put together what :attr:`genes`, :attr:`buckets` and ``counts`` gave, in any order."""
         keys = (genes.astype(np.uint32) << np.uint32(_BUCKET_BITS)) | buckets.astype(np.uint32)
         order = np.argsort(keys, kind="stable")
-        return Sketch(keys[order], counts[order].astype(np.int64))
+        return Sketch(keys[order], counts[order].astype(np.uint32))
 
 
-def _fold(keys: U32, counts: I64) -> Sketch:
+def _fold(keys: U32, counts: U32) -> Sketch:
     """Sum the counts of equal keys; the keys are sorted."""
     if len(keys) == 0:
         return Sketch()
     first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-    return Sketch(keys[first], np.add.reduceat(counts, first))
+    return Sketch(keys[first], np.add.reduceat(counts, first, dtype=np.uint32))
+
+
+def _merge_two(large: Sketch, small: Sketch) -> Sketch:
+    """Merge in stretches of keys, so that little is held besides the three sketches."""
+    most = float(large.counts.max(initial=0)) + float(small.counts.max(initial=0))
+    if most > np.iinfo(np.uint32).max:
+        raise DataError("more than 4,294,967,295 cells express a gene: too many for one store")
+    keys = np.empty(len(large.keys) + len(small.keys), np.uint32)
+    counts = np.empty(len(keys), np.uint32)
+    begin = begin_small = size = 0
+    while begin < len(large.keys) or begin_small < len(small.keys):
+        end, end_small = min(begin + _STRETCH, len(large.keys)), len(small.keys)
+        if end < len(large.keys):
+            end_small = int(np.searchsorted(small.keys, large.keys[end - 1], side="right"))
+        part, part_small = slice(begin, end), slice(begin_small, end_small)
+        both = np.concatenate([large.keys[part], small.keys[part_small]])
+        order = np.argsort(both, kind="stable")  # two sorted runs: merged in one pass
+        hits = np.concatenate([large.counts[part], small.counts[part_small]])
+        folded = _fold(both[order], hits[order])
+        keys[size : size + len(folded.keys)] = folded.keys
+        counts[size : size + len(folded.keys)] = folded.counts
+        size += len(folded.keys)
+        begin, begin_small = end, end_small
+    return Sketch(keys[:size].copy(), counts[:size].copy())
 
 
 def sketch_counts(
@@ -122,7 +147,7 @@ def sketch_counts(
     low = np.clip(bucket, 0, NUM_BUCKETS - 1).astype(np.uint32)
     keys = (genes.astype(np.uint32) << np.uint32(_BUCKET_BITS)) | low
     keys.sort()
-    return _fold(keys, np.ones(len(keys), np.int64))
+    return _fold(keys, np.ones(len(keys), np.uint32))
 
 
 def merge(sketches: Iterable[Sketch]) -> Sketch:
@@ -146,10 +171,10 @@ class SketchBuilder:
             self._merge_last()
 
     def _merge_last(self) -> None:
-        b, a = self._stack.pop(), self._stack.pop()
-        keys = np.concatenate([a.keys, b.keys])
-        order = np.argsort(keys, kind="stable")  # two sorted runs: merged in one pass
-        self._stack.append(_fold(keys[order], np.concatenate([a.counts, b.counts])[order]))
+        small, large = self._stack.pop(), self._stack.pop()
+        if len(small.keys) > len(large.keys):
+            small, large = large, small
+        self._stack.append(_merge_two(large, small))
 
     def result(self) -> Sketch:
         """All that was added."""
@@ -180,18 +205,19 @@ def quantile(sketch: Sketch, num_genes: int, *, q: float = 0.5) -> F32:
         (V,) float32, off by less than 0.4 % (:data:`MAX_RELATIVE_ERROR`) relative to the exact
         figure; 1.0 for a gene that no cell expresses.
     """
-    bounds = np.searchsorted(sketch.genes, np.arange(num_genes + 1))
-    upto = np.concatenate([[0], np.cumsum(sketch.counts)])
+    starts = (np.arange(num_genes, dtype=np.uint64) << np.uint64(_BUCKET_BITS)).astype(np.uint32)
+    bounds = np.append(np.searchsorted(sketch.keys, starts), len(sketch.keys))
+    upto = np.concatenate([[0], np.cumsum(sketch.counts, dtype=np.int64)])
     start, total = upto[bounds[:-1]], np.diff(upto[bounds])
     seen = total > 0
     last = total[seen] - 1
     lower = last // 2 if q == 0.5 else np.floor(q * last).astype(np.int64)
     upper = (last + 1) // 2 if q == 0.5 else lower
     found = np.full(num_genes, UNSEEN, dtype=np.float32)
-    buckets = sketch.buckets
-    parts = [
-        _middle(buckets[np.searchsorted(upto, start[seen] + rank, side="right") - 1])
-        for rank in (lower, upper)
-    ]
+    parts = []
+    for rank in (lower, upper):
+        entry = np.searchsorted(upto, start[seen] + rank, side="right") - 1
+        bucket = sketch.keys[entry] & np.uint32(NUM_BUCKETS - 1)
+        parts.append(_middle(bucket.astype(np.int64)))
     found[seen] = (parts[0] + parts[1]) / 2
     return found

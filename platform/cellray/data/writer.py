@@ -32,7 +32,7 @@ __all__ = [
     "x_path",
 ]
 
-_ENTRIES_AT_ONCE = 4_000_000
+_ENTRIES_AT_ONCE = 500_000
 _ROWS_AT_ONCE = 262_144  # of obs: bounds what TileDB holds to sort and compress it
 
 
@@ -143,14 +143,14 @@ def write_histogram(place: Path, measurement: str, sketch: Sketch, num_genes: in
     tiledbsoma.SparseNDArray.create(
         str(path), type=pa.int64(), shape=shape, platform_config=schema.histogram_options()
     ).close()
-    genes, buckets = sketch.genes, sketch.buckets
     with tiledbsoma.open(str(path), "w") as array:
         for first in range(0, len(sketch.keys), _ENTRIES_AT_ONCE):
-            part = slice(first, first + _ENTRIES_AT_ONCE)
+            last = first + _ENTRIES_AT_ONCE
+            part = Sketch(sketch.keys[first:last], sketch.counts[first:last])
             table = {
-                "soma_dim_0": genes[part],
-                "soma_dim_1": buckets[part],
-                "soma_data": sketch.counts[part],
+                "soma_dim_0": part.genes,
+                "soma_dim_1": part.buckets,
+                "soma_data": part.counts.astype(np.int64),
             }
             array.write(pa.table(table))
 
