@@ -20,7 +20,7 @@ import h5py
 import numpy as np
 
 NUM_GENES = 20_000
-GENES_PER_CELL = 300
+GENES_PER_CELL = 1_000
 _CELLS_AT_ONCE = 10_000
 
 INGEST = """

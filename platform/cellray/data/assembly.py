@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from cellray.data import parts, schema
-from cellray.data.existing import library_figures, raw_sum
+from cellray.data.existing import library_figures
 from cellray.data.ingest_config import IngestConfig
 from cellray.data.ingest_report import FileReport, MeasurementReport
 from cellray.data.joining import Existing, JoinedGenes, OldVar
@@ -99,6 +99,7 @@ class Assembly:
         """
         for channel in self.channels.values():
             self._x_and_var(channel, target, place)
+            parts.give_back()
         obs, others = self._obs()
         copies = duplicates(obs.column(schema.CELL_HASH).to_numpy())
         if self.config.duplicate_cells == "flag":
@@ -129,7 +130,9 @@ class Assembly:
             counts, sketch = parts.sketch_of(self.folder, part)
             gene_cells[: len(counts)] += counts
             builder.add(sketch)
+            del sketch
         whole = builder.result()
+        del builder
         var = {
             "feature_id": pa.array(channel.genes.ids, pa.large_string()),
             "feature_name": pa.array(channel.genes.names, pa.large_string()),
@@ -210,7 +213,7 @@ class Assembly:
         joinids = channel.joinids[number]
         met = joinids >= 0
         rows = joinids[met] - first
-        columns[raw_sum(name)][rows] = np.concatenate([f["sums"] for f in found])[met]
+        columns[schema.raw_sum(name)][rows] = np.concatenate([f["sums"] for f in found])[met]
         columns[f"{schema.NUM_NONZERO}_{name}"][rows] = np.concatenate(
             [f["nonzero"] for f in found]
         )[met]
@@ -223,7 +226,7 @@ class Assembly:
             cells_left_out=int((~met).sum()),
             features=len(source.genes.feature_ids),
             features_new=channel.new_features(number),
-            counts=float(columns[raw_sum(name)].sum()),
+            counts=float(columns[schema.raw_sum(name)].sum()),
         )
         return {n: pa.array(v) for n, v in columns.items()}, report
 
@@ -268,7 +271,7 @@ class Assembly:
 def _absent(name: str, count: int) -> dict[str, npt.NDArray[Any]]:
     """Columns of obs for cells that lack a measurement."""
     return {
-        raw_sum(name): np.zeros(count),
+        schema.raw_sum(name): np.zeros(count),
         f"{schema.NUM_NONZERO}_{name}": np.zeros(count, np.int64),
         f"has_{name}": np.zeros(count, dtype=bool),
     }

@@ -26,7 +26,6 @@ from cellray.data.soma import open_store
 __all__ = [
     "QUANTILES",
     "library_figures",
-    "raw_sum",
     "read_existing",
     "stored_library_sizes",
     "stored_medians",
@@ -37,12 +36,6 @@ F32 = npt.NDArray[np.float32]
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _CELLS_AT_ONCE = 4096
-
-
-def raw_sum(measurement: str) -> str:
-    """The obs column with a cell's total counts in a measurement."""
-    plain = measurement == schema.MEASUREMENT
-    return schema.RAW_SUM if plain else f"{schema.RAW_SUM}_{measurement}"
 
 
 def _place(uri: str) -> str:
@@ -128,7 +121,7 @@ def library_figures(obs: pa.Table, measurements: Sequence[str]) -> str:
     """
     result: dict[str, Mapping[str, Any]] = {}
     for name in measurements:
-        sizes = obs.column(raw_sum(name)).drop_null().to_numpy()
+        sizes = obs.column(schema.raw_sum(name)).drop_null().to_numpy()
         if name != schema.MEASUREMENT:
             sizes = sizes[sizes > 0]
         if len(sizes):

@@ -14,12 +14,15 @@ Legend: N cells of a part, V genes of the measurement, K buckets of a sketch.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,7 @@ __all__ = [
     "adopt",
     "discard_others",
     "figures",
+    "give_back",
     "prepare",
     "sketch_of",
 ]
@@ -168,6 +172,7 @@ class Part:
                     found = self._read(x, tick)
             np.savez(making / "figures.npz", **found)  # type: ignore[arg-type]
             making.rename(folder / key)
+            give_back()
         except (tiledbsoma.SOMAError, OSError) as error:
             raise DataError(f"writing '{making}' failed: {error}") from error
         finally:
@@ -205,6 +210,22 @@ def _kept(block: sparse.csr_matrix, joinids: I64) -> sparse.csr_matrix:
     order = kept[np.argsort(joinids[kept], kind="stable")]
     whole = len(order) == block.shape[0] and bool((np.diff(order) == 1).all())
     return block if whole else block[order]
+
+
+@lru_cache(maxsize=1)
+def _libc() -> Any:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+def give_back() -> None:
+    """Give memory that is free but kept by the C library back to the system.
+
+    It keeps what many threads have let go (over 100 MB after some parts were written), so that a
+    long ingest would look as if it grew.
+    """
+    trim = getattr(_libc(), "malloc_trim", None)  # not in every C library
+    if trim is not None:
+        trim(0)
 
 
 def prepare(folder: Path) -> None:

@@ -43,6 +43,7 @@ __all__ = [
     "STAGING_SUFFIX",
     "histogram_options",
     "obs_to_arrow",
+    "raw_sum",
     "table_options",
     "unify",
     "x_options",
@@ -84,6 +85,11 @@ MAX_LABELS = 32_767  # more distinct strings than this are stored plain, not dic
 
 _RESERVED = re.compile(r"^soma_")
 _ZSTD: dict[str, Any] = {"_type": "ZstdFilter", "level": ZSTD_LEVEL}
+
+
+def raw_sum(measurement: str) -> str:
+    """The obs column with a cell's total counts in a measurement."""
+    return RAW_SUM if measurement == MEASUREMENT else f"{RAW_SUM}_{measurement}"
 
 
 def x_options() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,7 @@ _MANTISSA_BITS = 7
 _BUCKET_BITS = 12
 _LOWEST_EXPONENT = -18  # 10,000 / 2.6e9: no cell has more counts than that
 _SHIFT = np.uint32(23 - _MANTISSA_BITS)
-_STRETCH = 1 << 18  # keys merged at a time
+_SHARD_BITS = 9  # genes that are merged at a time: 512
 _BASE = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
 
 NUM_BUCKETS = 1 << _BUCKET_BITS
@@ -94,28 +95,23 @@ def _fold(keys: U32, counts: U32) -> Sketch:
     return Sketch(keys[first], np.add.reduceat(counts, first, dtype=np.uint32))
 
 
-def _merge_two(large: Sketch, small: Sketch) -> Sketch:
-    """Merge in stretches of keys, so that little is held besides the three sketches."""
-    most = float(large.counts.max(initial=0)) + float(small.counts.max(initial=0))
+def _cut(sketch: Sketch) -> list[Sketch]:
+    """The sketch in shards of 512 genes each, copied, so that each can be let go by itself."""
+    if len(sketch.keys) == 0:
+        return []
+    shift = _BUCKET_BITS + _SHARD_BITS
+    starts = np.arange(1, (int(sketch.keys[-1]) >> shift) + 1, dtype=np.uint64) << np.uint64(shift)
+    bounds = [0, *np.searchsorted(sketch.keys, starts.astype(np.uint32)), len(sketch.keys)]
+    return [Sketch(sketch.keys[i:j].copy(), sketch.counts[i:j].copy()) for i, j in pairwise(bounds)]
+
+
+def _merge_shards(a: Sketch, b: Sketch) -> Sketch:
+    most = float(a.counts.max(initial=0)) + float(b.counts.max(initial=0))
     if most > np.iinfo(np.uint32).max:
         raise DataError("more than 4,294,967,295 cells express a gene: too many for one store")
-    keys = np.empty(len(large.keys) + len(small.keys), np.uint32)
-    counts = np.empty(len(keys), np.uint32)
-    begin = begin_small = size = 0
-    while begin < len(large.keys) or begin_small < len(small.keys):
-        end, end_small = min(begin + _STRETCH, len(large.keys)), len(small.keys)
-        if end < len(large.keys):
-            end_small = int(np.searchsorted(small.keys, large.keys[end - 1], side="right"))
-        part, part_small = slice(begin, end), slice(begin_small, end_small)
-        both = np.concatenate([large.keys[part], small.keys[part_small]])
-        order = np.argsort(both, kind="stable")  # two sorted runs: merged in one pass
-        hits = np.concatenate([large.counts[part], small.counts[part_small]])
-        folded = _fold(both[order], hits[order])
-        keys[size : size + len(folded.keys)] = folded.keys
-        counts[size : size + len(folded.keys)] = folded.counts
-        size += len(folded.keys)
-        begin, begin_small = end, end_small
-    return Sketch(keys[:size].copy(), counts[:size].copy())
+    keys = np.concatenate([a.keys, b.keys])
+    order = np.argsort(keys, kind="stable")  # two sorted runs: merged in one pass
+    return _fold(keys[order], np.concatenate([a.counts, b.counts])[order])
 
 
 def sketch_counts(
@@ -162,25 +158,36 @@ class SketchBuilder:
     """Merges sketches as they come; holds at most about twice the result."""
 
     def __init__(self) -> None:
-        self._stack: list[Sketch] = []
+        self._stack: list[list[Sketch]] = []
 
     def add(self, sketch: Sketch) -> None:
         """Take in one more sketch."""
-        self._stack.append(sketch)
-        while len(self._stack) > 1 and len(self._stack[-2].keys) < 2 * len(self._stack[-1].keys):
+        self._stack.append(_cut(sketch))
+        while len(self._stack) > 1 and self._size(-2) < 2 * self._size(-1):
             self._merge_last()
+
+    def _size(self, place: int) -> int:
+        return sum(len(shard.keys) for shard in self._stack[place])
 
     def _merge_last(self) -> None:
         small, large = self._stack.pop(), self._stack.pop()
-        if len(small.keys) > len(large.keys):
+        if len(small) > len(large):
             small, large = large, small
-        self._stack.append(_merge_two(large, small))
+        for i in range(len(small)):
+            large[i] = _merge_shards(large[i], small[i])
+            small[i] = Sketch()  # let go of it now: the two are never held beside their sum
+        self._stack.append(large)
 
     def result(self) -> Sketch:
         """All that was added."""
         while len(self._stack) > 1:
             self._merge_last()
-        return self._stack[0] if self._stack else Sketch()
+        shards = self._stack[0] if self._stack else []
+        if not shards:
+            return Sketch()
+        return Sketch(
+            np.concatenate([s.keys for s in shards]), np.concatenate([s.counts for s in shards])
+        )
 
 
 def _middle(buckets: I64) -> npt.NDArray[np.float64]:

@@ -335,7 +335,8 @@ class Store:
 
     def _hashes(self, joinids: I64) -> U64:
         """(N,) content hash of each cell, as written at ingest or computed from X."""
-        if schema.CELL_HASH in self._obs_types:
+        # the hash in obs is of the RNA counts
+        if self.measurement == schema.MEASUREMENT and schema.CELL_HASH in self._obs_types:
             found = self._obs_arrays(joinids, [schema.CELL_HASH])[schema.CELL_HASH]
             return found.astype(np.uint64)
         gene_hashes = hash64([strip_version(g) for g in self._var["feature_id"]])
@@ -380,10 +381,10 @@ class Store:
         """What the store holds, JSON-like.
 
         Returns:
-            ``uri``, ``measurement``, ``layer``, ``layers``, ``cells``, ``genes``, ``obs_columns``
-            (name -> ``type``, and for strings ``distinct``: how many values; None where counting
-            would mean reading more than a million), ``files`` (the ledger) and ``bytes_on_disk``
-            (None for an object store).
+            ``uri``, ``measurement``, ``layer``, ``layers``, ``measurements``, ``cells``, ``genes``,
+            ``obs_columns`` (name -> ``type``, and for strings ``distinct``: how many values; None
+            where counting would mean reading more than a million), ``files`` (the ledger) and
+            ``bytes_on_disk`` (None for an object store).
         """
         columns = {}
         for name, kind in self._obs_types.items():
@@ -401,6 +402,7 @@ class Store:
             "measurement": self.measurement,
             "layer": self.layer,
             "layers": sorted(self._experiment.ms[self.measurement].X),
+            "measurements": sorted(self._experiment.ms),
             "cells": self.num_cells,
             "genes": self.num_genes,
             "obs_columns": columns,

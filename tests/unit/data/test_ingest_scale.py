@@ -1,6 +1,7 @@
 """Ingest in parts: the same store for any number of workers, and going on where one was killed."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -75,7 +76,7 @@ def test_the_store_is_the_same_for_any_number_of_workers(ray_cluster, three, tmp
     found = []
     for workers in (1, 2, 3):
         uri = tmp_path / f"s{workers}"
-        report = run(three, uri, workers=workers, cells_per_block=2, **keys)
+        report = run(three, uri, workers=workers, cells_per_block=4, **keys)
         assert report.workers == workers
         found.append(content(uri))
     assert found[0] == found[1] == found[2]
@@ -160,23 +161,25 @@ def test_a_killed_ingest_goes_on_where_it_was(three, tmp_path):
     assert mine[:4] == whole[:4]
 
 
-@pytest.mark.parametrize("change", ["config", "touched", "other files"])
-def test_parts_of_another_command_are_discarded(three, tmp_path, change):
-    uri = tmp_path / "s"
-    kill(uri, three)
-    said, files, keys = [], three, {}
-    if change == "config":
-        keys = {"min_genes_per_cell": 8}
-    elif change == "touched":
-        for path in three:
-            os.utime(path, (1, 1))
-    else:
-        files = three[1:]
-    report = run(files, uri, said, cells_per_block=2, workers=1, **keys)
-    assert report.parts_taken_over == 0
-    assert any("parts of another, interrupted ingest are discarded" in line for line in said)
-    run(files, tmp_path / "t", cells_per_block=2, workers=1, **keys)
-    assert content(uri) == content(tmp_path / "t")
+def test_parts_of_another_command_are_discarded(three, tmp_path):
+    kill(tmp_path / "killed", three)
+    left = tmp_path / f"killed{STAGING_SUFFIX}"
+    for change in ("config", "touched", "other files"):
+        uri = tmp_path / change
+        shutil.copytree(left, tmp_path / f"{change}{STAGING_SUFFIX}")
+        said, files, keys = [], three, {}
+        if change == "config":
+            keys = {"min_genes_per_cell": 8}
+        elif change == "touched":
+            for path in three:
+                os.utime(path, (1, 1))
+        else:
+            files = three[1:]
+        report = run(files, uri, said, cells_per_block=2, workers=1, **keys)
+        assert report.parts_taken_over == 0
+        assert any("parts of another, interrupted ingest are discarded" in line for line in said)
+        run(files, tmp_path / "clean" / change, cells_per_block=64, workers=1, **keys)
+        assert content(uri) == content(tmp_path / "clean" / change)
 
 
 def test_quality_rules_and_their_report(write_h5ad, tmp_path):
@@ -212,6 +215,22 @@ def test_quality_rules_and_their_report(write_h5ad, tmp_path):
     assert "30 counts written, 111 lost in cells left out" in lines[1]
     whole = run(path, tmp_path / "t", primary_only=True)
     assert whole.files[0].dropped == {"primary_only": 1}
+
+
+def test_show_tells_the_sum_over_all_files(three, tmp_path):
+    from cellray.ops.show import show
+
+    few = int(((COUNTS[:100, :20] > 0).sum(axis=1) < 7).sum())
+    run(three[0], tmp_path / "s", min_genes_per_cell=7)
+    run(three[1], tmp_path / "s")
+    told = "\n".join(show(str(tmp_path / "s")))
+    sum_line = f"170 cells read, {170 - few} written, {few} left out ({few} by min_genes_per_cell)"
+    assert f"in all: {sum_line}, 0 exact duplicates" in told
+    lost = COUNTS[:100, :20][(COUNTS[:100, :20] > 0).sum(axis=1) < 7].sum()
+    assert f"counts written, {lost:.0f} lost in cells left out" in told
+    median = np.median(open_store(str(tmp_path / "s")).obs()["raw_sum"])
+    assert f"0.5: {median:.0f}" in told
+    assert "measurements: RNA" in told
 
 
 @pytest.fixture

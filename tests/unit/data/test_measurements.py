@@ -67,7 +67,10 @@ def test_a_second_file_is_joined_by_cell_id(pair, tmp_path, cells_per_block):
     store = open_store(str(tmp_path / "s"), measurement="ATAC")
     var = store.var()
     assert var["feature_id"].tolist() == PEAKS
-    assert len(Vocab.from_genes(var["feature_id"].tolist(), var["feature_name"].tolist(), specials=[])) == 5
+    assert (
+        len(Vocab.from_genes(var["feature_id"].tolist(), var["feature_name"].tolist(), specials=[]))
+        == 5
+    )
     assert store.ledger[0]["measurements"]["ATAC"]["cells"] == 8
     assert stored_medians(store.uri, measurement="ATAC").shape == (5,)
     assert stored_library_sizes(store.uri, measurement="ATAC")[0.5] == np.median(
