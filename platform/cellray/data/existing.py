@@ -19,7 +19,6 @@ from cellray.core.errors import DataError
 from cellray.data import schema
 from cellray.data.ingest_config import IngestConfig
 from cellray.data.joining import Existing, OldVar
-from cellray.data.locate import local_path
 from cellray.data.sketch import Sketch, SketchBuilder, sketch_counts
 from cellray.data.soma import open_store
 
@@ -38,9 +37,9 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _CELLS_AT_ONCE = 4096
 
 
-def _place(uri: str) -> str:
-    path = local_path(uri)
-    return uri if path is None else str(path)
+def _open(uri: str, measurement: str) -> Any:
+    """The experiment, once it is known to be one and to have the measurement."""
+    return tiledbsoma.open(open_store(uri, measurement=measurement).uri)
 
 
 def _sketch(experiment: Any, measurement: str) -> Sketch | None:
@@ -66,8 +65,11 @@ def stored_sketch(uri: str, *, measurement: str = schema.MEASUREMENT) -> Sketch 
 
     Returns:
         None where the store has none (Census, stores of older versions).
+
+    Raises:
+        DataError: there is no such store, or it lacks the measurement.
     """
-    with tiledbsoma.open(_place(uri)) as experiment:
+    with _open(uri, measurement) as experiment:
         return _sketch(experiment, measurement)
 
 
@@ -83,8 +85,11 @@ def stored_medians(uri: str, *, measurement: str = schema.MEASUREMENT) -> F32 | 
     Returns:
         (V,) in the order of var, 1.0 for genes that no cell expresses; None where the store has
         none (Census, stores of older versions).
+
+    Raises:
+        DataError: there is no such store, or it lacks the measurement.
     """
-    with tiledbsoma.open(_place(uri)) as experiment:
+    with _open(uri, measurement) as experiment:
         var = experiment.ms[measurement].var
         if schema.NONZERO_MEDIAN not in var.schema.names:
             return None
@@ -105,8 +110,11 @@ def stored_library_sizes(
 
     Returns:
         Quantile (0..1) -> total counts of a cell; None where the store has none.
+
+    Raises:
+        DataError: there is no such store, or it lacks the measurement.
     """
-    with tiledbsoma.open(_place(uri)) as experiment:
+    with _open(uri, measurement) as experiment:
         found = json.loads(experiment.metadata.get(schema.META_LIBRARY, "{}"))
     figures = found.get(measurement)
     return None if figures is None else {float(q): v for q, v in figures["quantiles"].items()}

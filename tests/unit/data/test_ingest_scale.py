@@ -309,6 +309,15 @@ def test_a_store_without_a_sketch_gets_one_when_it_is_appended_to(three, tmp_pat
     )
 
 
+def test_figures_of_what_is_not_there(three, tmp_path):
+    run(three[0], tmp_path / "s")
+    for read in (stored_sketch, stored_medians, stored_library_sizes):
+        with pytest.raises(DataError, match="no store at"):
+            read(str(tmp_path / "none"))
+        with pytest.raises(DataError, match="has no measurement 'ATAC'"):
+            read(str(tmp_path / "s"), measurement="ATAC")
+
+
 def test_medians_of_real_cells_are_within_the_bound(tmp_path):
     folder = Path(__file__).parents[2] / "data" / "pancreas"
     run([str(folder / f"human{i}.h5ad") for i in (1, 2, 3)], tmp_path / "s", workers=1)
