@@ -1,5 +1,7 @@
 """Reading one h5ad file block by block: its cells, its genes, and which of its layers hold counts.
 
+A modality of an h5mu file (MuData) is an h5ad in a group: ``x.h5mu::atac``; ``x.h5mu`` is its RNA.
+
 Nothing but obs, var and one block of rows is held in memory. A matrix stored by columns is turned
 into rows on disk first (:mod:`cellray.data.spool`), because no row of it can be read alone.
 """
@@ -23,10 +25,11 @@ from scipy import sparse
 from cellray.core.errors import DataError, did_you_mean
 from cellray.data.spool import RowSpool, spool_rows
 
-__all__ = ["MAX_BLOCK", "OBSM", "H5adFile", "check_counts"]
+__all__ = ["MAX_BLOCK", "MODALITY", "OBSM", "H5adFile", "check_counts", "file_of"]
 
 MAX_COUNT = 1 << 24  # float32 holds every whole number up to here
 MAX_BLOCK = (1 << 31) - 1  # stored values of one block: offsets are int32 further on
+MODALITY = "::"  # "x.h5mu::atac"
 OBSM = "obsm/"  # "obsm/protein_counts" is a layer too: a matrix or a table of numbers
 _PROBE_VALUES = 65_536
 _IDS_AT_ONCE = 65_536
@@ -77,31 +80,52 @@ def check_counts(values: npt.NDArray[Any], *, where: str, advice: str = "") -> N
         raise DataError(f"{where} {verdict.reason}. Raw counts are needed.{advice}")
 
 
+def _split(path: str | Path) -> tuple[Path, str]:
+    """The file, and the modality of an h5mu, "" for an h5ad."""
+    name, _, modality = str(path).partition(MODALITY)
+    return Path(name), modality or ("rna" if name.endswith(".h5mu") else "")
+
+
+def file_of(path: str | Path) -> Path:
+    """The file that ``path`` names, without a modality."""
+    return _split(path)[0]
+
+
 class H5adFile:
-    """An open h5ad file.
+    """An open h5ad file, or a modality of an h5mu file.
 
     Args:
-        path: a local file.
+        path: a local file; for h5mu with the modality, ``x.h5mu::atac``.
 
     Raises:
         DataError: the file is missing, truncated, not HDF5 or not an h5ad.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file = self._open()
+        self.path, modality = _split(path)
+        self._handle = self._open()
         try:
+            self._file = self._modality(modality) if modality else self._handle
             self._check_parts()
             self.num_cells = self._length("obs")
         except BaseException:
-            self._file.close()
+            self._handle.close()
             raise
 
     def __enter__(self) -> H5adFile:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        self._handle.close()
+
+    def _modality(self, name: str) -> h5py.Group:
+        allowed = sorted(self._handle["mod"]) if "mod" in self._handle else []
+        if name not in allowed:
+            raise DataError(
+                f"'{self.path}' has no modality '{name}'.{did_you_mean(name, allowed)} It has: "
+                f"{', '.join(allowed) or 'none: it is no h5mu file'}"
+            )
+        return self._handle["mod"][name]
 
     def _open(self) -> h5py.File:
         if not self.path.is_file():

@@ -106,6 +106,7 @@ class _Ingest:
         refuse_overlap(self.existing, self.main, main.genes, config.cells_per_block)
         parts.prepare(self.folder)
         self._spool()
+        parts.give_back()
         scanned = self._scan(main)
         old = self.existing.obs
         old_hashes = (

@@ -14,8 +14,8 @@ __all__ = ["IngestConfig", "MeasurementConfig"]
 class MeasurementConfig(Section):
     """``[ingest.measurements.NAME]``: what else was measured in the same cells.
 
-    Exactly one of ``files``, ``obsm`` and ``feature_types`` says where it is. Feature ids are kept
-    as the files give them.
+    Exactly one of ``files``, ``obsm``, ``feature_types`` and ``modality`` says where it is. Feature
+    ids are kept as the files give them.
 
     Attributes:
         files: one h5ad file for each file of ``ingest.files``, "" where there is none; cells are
@@ -24,21 +24,24 @@ class MeasurementConfig(Section):
             uns (``protein_counts``: ``protein_counts_names`` or ``protein_names``).
         feature_types: the features of the main files whose var ``feature_types`` says so, e.g.
             ``Peaks`` or ``Antibody Capture``; they are no genes of the RNA measurement then.
-        layer: where the counts are in ``files``, as ``ingest.layer``.
+        modality: of the main files, which are h5mu (MuData), e.g. ``atac``; their RNA is read from
+            the modality ``rna``, and cells are joined by cell id.
+        layer: where the counts are in ``files`` or in the modality, as ``ingest.layer``.
     """
 
     files: list[str] = []
     obsm: str = ""
     feature_types: str = ""
+    modality: str = ""
     layer: str = "auto"
 
     @model_validator(mode="after")
     def _one_origin(self) -> MeasurementConfig:
-        given = [n for n in ("files", "obsm", "feature_types") if getattr(self, n)]
+        given = [n for n in ("files", "obsm", "feature_types", "modality") if getattr(self, n)]
         if len(given) != 1:
             raise ValueError(
-                "a measurement needs exactly one of files, obsm and feature_types; given: "
-                f"{', '.join(given) or 'none'}"
+                "a measurement needs exactly one of files, obsm, feature_types and modality; "
+                f"given: {', '.join(given) or 'none'}"
             )
         return self
 
@@ -47,7 +50,7 @@ class IngestConfig(Section):
     """The ``[ingest]`` table.
 
     Attributes:
-        files: h5ad files; paths and globs.
+        files: h5ad files, or h5mu files with a modality ``rna``; paths and globs.
         uri: the store to make or to append to, a local folder.
         layer: where the raw counts are: ``X``, ``raw.X``, the name of a layer, or ``auto``: X if
             it holds raw counts, else raw.X.

@@ -5,8 +5,6 @@ Legend: N cells of the main file, M cells of the other one, F features.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -15,7 +13,7 @@ import pyarrow as pa
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.data import schema
 from cellray.data.genes import GeneMapping
-from cellray.data.h5ad import OBSM, H5adFile
+from cellray.data.h5ad import MODALITY, OBSM, H5adFile, file_of
 from cellray.data.ingest_config import IngestConfig, MeasurementConfig
 from cellray.data.sources import Source, digest_of_ids, hash_ids, unique_ids
 
@@ -46,7 +44,9 @@ def origin(measurement: MeasurementConfig, source: Source) -> str:
     """Where the measurement of a file was, in words."""
     if measurement.obsm:
         return f"obsm['{measurement.obsm}']"
-    return f"feature_types '{measurement.feature_types}'" if not measurement.files else source.path
+    if measurement.feature_types:
+        return f"feature_types '{measurement.feature_types}'"
+    return source.path
 
 
 def look_measurement(config: IngestConfig, name: str, main: Source, number: int) -> Source | None:
@@ -60,6 +60,8 @@ def look_measurement(config: IngestConfig, name: str, main: Source, number: int)
     """
     measurement = config.measurements[name]
     path = measurement.files[number] if measurement.files else main.path
+    if measurement.modality:
+        path = f"{file_of(main.path)}{MODALITY}{measurement.modality}"
     if not path:
         return None
     with H5adFile(path) as file:
@@ -74,12 +76,13 @@ def _look(
     path: str,
     file: H5adFile,
 ) -> Source:
+    apart = bool(measurement.files or measurement.modality)  # has cells of its own
     if measurement.obsm:
         layer = file.choose_layer(OBSM + measurement.obsm)
         ids = names = file.obsm_names(measurement.obsm)
         taken = np.ones(len(ids), dtype=bool)
     else:
-        layer = file.choose_layer(measurement.layer if measurement.files else main.layer)
+        layer = file.choose_layer(measurement.layer if apart else main.layer)
         var = file.var(layer)
         taken = _taken(path, name, measurement, var)
         ids, names = _features(var[taken])
@@ -96,10 +99,10 @@ def _look(
             f"{', '.join(map(repr, twice[:5]))}; make them unique"
         )
     cell_ids = main.cell_ids
-    if measurement.files:
+    if apart:
         obs = schema.obs_to_arrow(file.obs()) if config.cell_id_column else pa.table({})
         cell_ids = unique_ids(config, path, file, obs)
-    status = Path(path).stat()
+    status = file_of(path).stat()
     return Source(
         path=path,
         dataset_id=main.dataset_id,
@@ -107,8 +110,8 @@ def _look(
         layer=layer,
         obs=pa.table({}),
         cell_ids=cell_ids,
-        id_hashes=hash_ids(cell_ids) if measurement.files else main.id_hashes,
-        ids_sha256=digest_of_ids(cell_ids) if measurement.files else main.ids_sha256,
+        id_hashes=hash_ids(cell_ids) if apart else main.id_hashes,
+        ids_sha256=digest_of_ids(cell_ids) if apart else main.ids_sha256,
         taken=taken,
         genes=GeneMapping(tuple(ids), tuple(names), {}, 0, ""),
         stamp=(status.st_size, status.st_mtime_ns),

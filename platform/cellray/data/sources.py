@@ -19,7 +19,7 @@ from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.data import schema
 from cellray.data.digest import cell_hashes, content_digest, hash64
 from cellray.data.genes import GeneMapping, map_genes
-from cellray.data.h5ad import H5adFile, check_counts
+from cellray.data.h5ad import H5adFile, check_counts, file_of
 from cellray.data.ingest_config import IngestConfig
 
 __all__ = [
@@ -293,10 +293,10 @@ def _look(config: IngestConfig, name: str, file: H5adFile, given_id: str) -> Sou
     except DataError as error:
         raise DataError(f"'{name}': {error}") from error
     ids = unique_ids(config, name, file, obs)
-    status = Path(name).stat()
+    status = file_of(name).stat()
     return Source(
         path=name,
-        dataset_id=given_id or Path(name).stem,
+        dataset_id=given_id or file_of(name).stem,
         layer=layer,
         obs=obs,
         cell_ids=ids,

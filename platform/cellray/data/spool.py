@@ -22,7 +22,7 @@ from scipy import sparse
 __all__ = ["RowSpool", "spool_rows"]
 
 I64 = npt.NDArray[np.int64]
-_CHUNK = 1 << 21  # entries handled at a time
+_CHUNK = 1 << 20  # entries handled at a time
 
 
 def _record(kind: np.dtype[Any]) -> np.dtype[Any]:

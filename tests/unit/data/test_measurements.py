@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from cells_by_hand import dense, make_adata, make_counts
+from scipy import sparse
 
 from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import build_section
@@ -146,13 +147,44 @@ def test_feature_types_split_a_file(tmp_path):
         run([tmp_path / "a.h5ad"], tmp_path / "t", measurements={"X": {"feature_types": "Peak"}})
 
 
+@pytest.fixture
+def h5mu(tmp_path):
+    """RNA of cells 0 .. 11, ATAC of cells 9 .. 0."""
+    path = tmp_path / "both.h5mu"
+    atac = make_adata(ATAC, PEAKS, names=[f"cell{i}" for i in range(9, -1, -1)])
+    atac.X = sparse.csc_matrix(atac.X)
+    with h5py.File(path, "w") as file:
+        group = file.create_group("mod")
+        ad.io.write_elem(group, "rna", make_adata(RNA))
+        ad.io.write_elem(group, "atac", atac)
+    return path
+
+
+def test_modalities_of_an_h5mu_file(h5mu, tmp_path):
+    measurements = {"ATAC": {"modality": "atac"}}
+    report = run([h5mu], tmp_path / "s", cells_per_block=4, measurements=measurements)
+    wanted = np.zeros((12, 5), np.float32)
+    wanted[np.arange(9, -1, -1)] = ATAC
+    assert (matrix(tmp_path / "s") == RNA).all()
+    assert (matrix(tmp_path / "s", "ATAC") == wanted).all()
+    assert report.files[0].dataset_id == "both"
+    assert report.files[0].measurements["ATAC"].origin == f"{h5mu}::atac"
+    with pytest.raises(DataError, match=r"no modality 'atack'. Did you mean 'atac'\? It has: atac"):
+        run([h5mu], tmp_path / "t", measurements={"ATAC": {"modality": "atack"}})
+
+
+def test_an_h5ad_has_no_modalities(pair, tmp_path):
+    with pytest.raises(DataError, match="has no modality 'atac'. It has: none: it is no h5mu"):
+        run([pair[0]], tmp_path / "s", measurements={"ATAC": {"modality": "atac"}})
+
+
 def test_what_does_not_fit_is_refused(pair, write_h5ad, tmp_path):
     stranger = write_h5ad("stranger.h5ad", ATAC, PEAKS, prefix="z")
     with pytest.raises(DataError, match=r"no cell of '.*stranger.h5ad' is among .* like 'z0'"):
         run([pair[0]], tmp_path / "s", measurements={"ATAC": {"files": [stranger]}})
     with pytest.raises(ConfigError, match="ATAC.files names 2 files for 1 files"):
         run([pair[0]], tmp_path / "s", measurements={"ATAC": {"files": [pair[1], ""]}})
-    with pytest.raises(ConfigError, match="exactly one of files, obsm and feature_types"):
+    with pytest.raises(ConfigError, match="exactly one of files, obsm, feature_types"):
         run([pair[0]], tmp_path / "s", measurements={"ATAC": {}})
     with pytest.raises(ConfigError, match="not RNA, which the main files hold"):
         run([pair[0]], tmp_path / "s", measurements={"RNA": {"obsm": "x"}})
