@@ -21,6 +21,7 @@ HOMES = {
         "data/datasource.py",
         "data/pipeline.py",
         "data/synthetic_blocks.py",
+        "data/ingest_tasks.py",
         "train/worker.py",
         "train/trainer.py",
         "train/telemetry.py",
@@ -38,6 +39,8 @@ HOMES = {
         "data/synthetic.py",
         "data/synthetic_blocks.py",
         "data/synthetic_truth.py",
+        "data/existing.py",
+        "data/parts.py",
     },
     "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
 }

@@ -12,7 +12,7 @@ import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
@@ -113,9 +113,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _section_type(annotation: Any) -> type[Section] | None:
     """The Section class inside ``X`` or ``X | None``; None for plain values."""
+    if get_origin(annotation) is dict:
+        return None
     options = getattr(annotation, "__args__", ()) or (annotation,)
     found = [a for a in options if isinstance(a, type) and issubclass(a, Section)]
     return found[0] if found else None
+
+
+def _named_sections(annotation: Any) -> type[Section] | None:
+    """The Section class of ``dict[str, X]``: tables with names of the user's choice."""
+    if get_origin(annotation) is not dict:
+        return None
+    return _section_type(get_args(annotation)[1])
 
 
 def _unknown_keys(cls: type[Section], raw: Mapping[str, Any], path: str) -> list[str]:
@@ -128,6 +137,12 @@ def _unknown_keys(cls: type[Section], raw: Mapping[str, Any], path: str) -> list
                 f"unknown key '{where}'.{did_you_mean(key, allowed)} Allowed here: "
                 f"{', '.join(allowed)}"
             )
+            continue
+        named = _named_sections(cls.model_fields[key].annotation)
+        if named is not None and isinstance(value, Mapping):
+            for name, table in value.items():
+                if isinstance(table, Mapping):
+                    problems += _unknown_keys(named, table, f"{where}.{name}.")
             continue
         inner = _section_type(cls.model_fields[key].annotation)
         if inner is not None and isinstance(value, Mapping):

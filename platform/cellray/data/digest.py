@@ -80,16 +80,17 @@ def cell_hashes(
     return result
 
 
-def content_digest(cell_ids: Strings, hashes: U64) -> str:
+def content_digest(cell_ids: Strings | U64, hashes: U64) -> str:
     """SHA-256 over the sorted (cell id, cell hash) pairs: the same cells in any order agree.
 
     Args:
-        cell_ids: (N,) cell ids.
+        cell_ids: (N,) cell ids, or their :func:`hash64` as uint64.
         hashes: (N,) :func:`cell_hashes`.
     """
+    hashed = isinstance(cell_ids, np.ndarray) and cell_ids.dtype == np.uint64
     pairs = np.empty((len(hashes), 2), dtype="<u8")
-    pairs[:, 0], pairs[:, 1] = hash64(cell_ids), hashes
+    pairs[:, 0], pairs[:, 1] = cell_ids if hashed else hash64(cell_ids), hashes
     order = np.lexsort((pairs[:, 1], pairs[:, 0]))
     digest = hashlib.sha256(f"cells:{len(hashes)}".encode())
-    digest.update(np.ascontiguousarray(pairs[order]).tobytes())
+    digest.update(np.ascontiguousarray(pairs[order]).data)
     return digest.hexdigest()

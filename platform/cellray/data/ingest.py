@@ -4,298 +4,277 @@ How a file becomes cells of a store
     1. Every file is opened and looked at before anything is written: layer, genes, cell ids,
        names of datasets, whether its cells are in the store already.
     2. The genes of all files and of the store are joined; new genes are appended to var.
-    3. Blocks of rows are checked (finite, not negative, whole numbers), moved to the joined genes,
-       hashed and written as one fragment of X each.
-    4. obs and var are written whole, the ledger is noted, and the store takes its place by a
-       rename (see :mod:`cellray.data.staging`). An append shares the old store's X fragments.
+    3. Where rules choose cells by their counts, the files are read once to apply them. Then every
+       cell has its joinid, in the order of the files.
+    4. The files are cut into parts of some blocks. Parts are read, checked (finite, not negative,
+       whole numbers), moved to the joined genes, hashed and written, side by side if there are
+       workers; a part that an interrupted ingest had finished is taken over.
+    5. The fragments of all parts become X, obs and var are written whole, the ledger is noted, and
+       the store takes its place by a rename (see :mod:`cellray.data.staging`). An append shares
+       the old store's X fragments.
+
+Nothing of a file's counts is held but a block for each worker; ids and obs of all files are.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import tiledbsoma
-from pydantic import Field
 
 from cellray.core.errors import DataError
-from cellray.core.section import Section
-from cellray.data import schema, sources
+from cellray.data import parts, quality, schema, sources
+from cellray.data.assembly import Assembly, Channel
+from cellray.data.clock import Clock, Progress, introduce
+from cellray.data.digest import content_digest
+from cellray.data.existing import read_existing
+from cellray.data.ingest_config import IngestConfig, MeasurementConfig
+from cellray.data.ingest_report import FileReport, IngestReport
+from cellray.data.ingest_tasks import num_workers, run_jobs
 from cellray.data.joining import (
-    Clock,
     Existing,
-    JoinedGenes,
+    OldVar,
     join,
     refuse_overlap,
     refuse_same_content,
 )
 from cellray.data.locate import local_path
-from cellray.data.soma import open_store
-from cellray.data.sources import Cells, Source
-from cellray.data.staging import staging
-from cellray.data.writer import create_groups, measurement_path, open_x, write_block, write_table
+from cellray.data.measurements import check_measurements, join_cells, look_measurement
+from cellray.data.parts import PART_BLOCKS, Part, Spool
+from cellray.data.quality import CellFigures
+from cellray.data.sources import Source
+from cellray.data.staging import parts_of, staging
 
-__all__ = ["FileReport", "IngestConfig", "IngestReport", "ingest"]
+__all__ = ["FileReport", "IngestConfig", "IngestReport", "MeasurementConfig", "ingest", "look_all"]
 
-Progress = Callable[[str], None]
+
 I64 = npt.NDArray[np.int64]
-U64 = npt.NDArray[np.uint64]
 
 
-class IngestConfig(Section):
-    """The ``[ingest]`` table.
+def look_all(config: IngestConfig) -> list[dict[str, Source | None]]:
+    """Look at every file: for each, its main source under ``RNA`` and the other measurements'.
 
-    Attributes:
-        files: h5ad files; paths and globs.
-        uri: the store to make or to append to, a local folder.
-        layer: where the raw counts are: ``X``, ``raw.X``, the name of a layer, or ``auto``: X if
-            it holds raw counts, else raw.X.
-        organism: whose table maps symbols to Ensembl ids: ``human``, ``mouse`` or ``auto``.
-        gene_id_column: var column whose ids are preferred to the index; ``auto``: a column of
-            Ensembl ids, consulted where the index holds none.
-        dataset_ids: one name a file; default: the file names without ``.h5ad``.
-        cell_id_column: obs column with the cell ids; "" takes the index.
-        duplicate_genes: ``error``, or ``sum``: add the counts of rows with the same gene id.
-        append: add to a store that is there; false refuses if there is one.
-        cells_per_block: rows read, checked and written at a time.
-        min_genes_per_cell: cells with fewer detected genes are left out.
+    Raises:
+        ConfigError: no files, or lists of other lengths.
+        DataError: a file cannot be used.
     """
-
-    files: list[str]
-    uri: str
-    layer: str = "auto"
-    organism: Literal["auto", "human", "mouse"] = "auto"
-    gene_id_column: str = "auto"
-    dataset_ids: list[str] = []
-    cell_id_column: str = ""
-    duplicate_genes: Literal["error", "sum"] = "error"
-    append: bool = True
-    cells_per_block: int = Field(default=4096, ge=1)
-    min_genes_per_cell: int = Field(default=0, ge=0)
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """What became of one file.
-
-    Attributes:
-        file: its path as given.
-        dataset_id: its name in obs ``dataset_id``.
-        layer: the layer that was read.
-        cells: cells written.
-        cells_dropped: cells with fewer genes than ``min_genes_per_cell``.
-        genes: distinct genes of the file.
-        genes_new: those the store did not have before.
-        genes_ensembl: rows of var whose canonical id is an Ensembl id.
-        genes_merged: canonical id -> rows of the file that were added up under it.
-        organism: whose symbol table was used, "" for none.
-        counts: sum of all counts written.
-        content_sha256: of cell ids, gene ids and counts, whatever the file's name or compression.
-        ids_sha256: of the cell ids.
-    """
-
-    file: str
-    dataset_id: str
-    layer: str
-    cells: int
-    cells_dropped: int
-    genes: int
-    genes_new: int
-    genes_ensembl: int
-    genes_merged: dict[str, tuple[str, ...]]
-    organism: str
-    counts: float
-    content_sha256: str
-    ids_sha256: str
+    names = sources.list_files(config)
+    check_measurements(config, len(names))
+    given = config.dataset_ids or [""] * len(names)
+    found: list[dict[str, Source | None]] = []
+    for number, (name, dataset) in enumerate(zip(names, given, strict=True)):
+        main = sources.look(config, name, dataset_id=dataset)
+        looked: dict[str, Source | None] = {schema.MEASUREMENT: main}
+        for other in config.measurements:
+            looked[other] = look_measurement(config, other, main, number)
+        found.append(looked)
+    return found
 
 
-@dataclass(frozen=True)
-class IngestReport:
-    """What an ingest has done.
+class _Ingest:
+    """The steps of one ingest, in order."""
 
-    Attributes:
-        uri: the store.
-        num_cells: cells in it now.
-        num_genes: genes in it now.
-        files: what became of each file.
-        seconds: wall time.
-        cells_per_s: cells read a second.
-    """
-
-    uri: str
-    num_cells: int
-    num_genes: int
-    files: tuple[FileReport, ...]
-    seconds: float
-    cells_per_s: float
-
-
-def _existing(config: IngestConfig, target: Path) -> Existing:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return Existing()
-    store = open_store(str(target))
-    with tiledbsoma.open(str(target)) as experiment:
-        if schema.META_FORMAT not in experiment.metadata:
-            raise DataError(
-                f"'{target}' is a SOMA experiment that cellray did not write; ingest into "
-                "another uri"
-            )
-        if not config.append:
-            raise DataError(
-                f"there is a store at '{target}' and ingest.append = false; choose another uri "
-                "or remove it"
-            )
-        var = experiment.ms[schema.MEASUREMENT].var.read().concat().to_pandas()
-        obs = experiment.obs.read().concat()
-    var = var.sort_values(schema.JOINID)
-    order = np.argsort(obs.column(schema.JOINID).to_numpy(), kind="stable")
-    return Existing(
-        feature_ids=var["feature_id"].tolist(),
-        feature_names=var["feature_name"].tolist(),
-        gene_cells=var[schema.NUM_NONZERO].to_numpy(dtype=np.int64),
-        obs=obs.take(pa.array(order)).drop_columns([schema.JOINID]),
-        ledger=store.ledger,
-    )
-
-
-def _kept(config: IngestConfig, source: Source, genes: JoinedGenes) -> npt.NDArray[np.bool_]:
-    """Which cells have enough genes."""
-    if config.min_genes_per_cell == 0:
-        return np.ones(source.num_cells, dtype=bool)
-    cells = sources.scan(source, config.cells_per_block, genes.hashes)
-    kept: npt.NDArray[np.bool_] = np.concatenate(cells.nonzero) >= config.min_genes_per_cell
-    return kept
-
-
-def _own_columns(source: Source, cells: Cells, kept: npt.NDArray[np.bool_]) -> pa.Table:
-    count = int(kept.sum())
-    measured = len(set(source.genes.feature_ids))
-    return pa.table(
-        {
-            schema.OBS_ID: pa.array(source.cell_ids[kept].tolist(), pa.large_string()),
-            schema.DATASET_ID: pa.array([source.dataset_id] * count, pa.large_string()),
-            schema.RAW_SUM: np.concatenate(cells.sums)[kept],
-            schema.NUM_NONZERO: np.concatenate(cells.nonzero)[kept],
-            schema.NUM_MEASURED: np.full(count, measured, dtype=np.int64),
-            schema.CELL_HASH: np.concatenate(cells.hashes)[kept],
-        }
-    )
-
-
-@dataclass
-class _Writer:
-    """Writes the cells of one file after another."""
-
-    config: IngestConfig
-    genes: JoinedGenes
-    clock: Clock
-    ledger: list[dict[str, Any]]
-    obs: list[pa.Table]
-    gene_cells: I64
-    next_joinid: int
-    reports: list[FileReport] = field(default_factory=list)
-
-    def write(self, x: Any, number: int, source: Source, kept: npt.NDArray[np.bool_]) -> None:
-        """Append the kept cells of ``source`` to X and gather its obs."""
-        self.clock.begin(number, source)
-        cells, row, counts = Cells(), 0, 0.0
-        for block in sources.blocks(source, self.config.cells_per_block):
-            cells.add(block, self.genes.hashes)
-            part = kept[row : row + block.shape[0]]
-            row += block.shape[0]
-            block = block if part.all() else block[part]
-            write_block(x, block, self.next_joinid, len(self.genes.ids))
-            self.gene_cells += np.bincount(block.indices, minlength=len(self.genes.ids))
-            self.next_joinid += block.shape[0]
-            counts += float(block.data.sum(dtype=np.float64))
-            self.clock.cells(number, len(part), last=row == source.num_cells)
-        content = cells.content(source.cell_ids)
-        for entry in self.ledger:
-            refuse_same_content(source, content, entry)
-        own = _own_columns(source, cells, kept)
-        rest = schema.obs_to_arrow(source.obs[kept])
-        for name in rest.column_names:
-            own = own.append_column(name, rest.column(name))
-        self.obs.append(own)
-        self._report(number, source, kept, counts, content)
-
-    def _report(
+    def __init__(
         self,
-        number: int,
-        source: Source,
-        kept: npt.NDArray[np.bool_],
-        counts: float,
-        content: str,
+        config: IngestConfig,
+        existing: Existing,
+        files: Sequence[dict[str, Source | None]],
+        folder: Path,
+        progress: Progress,
     ) -> None:
-        report = FileReport(
-            file=source.path,
-            dataset_id=source.dataset_id,
-            layer=source.layer,
-            cells=int(kept.sum()),
-            cells_dropped=int((~kept).sum()),
-            genes=len(set(source.genes.feature_ids)),
-            genes_new=self.genes.new[number - 1],
-            genes_ensembl=source.genes.num_ensembl,
-            genes_merged=dict(source.genes.merged),
-            organism=source.genes.organism,
-            counts=counts,
-            content_sha256=content,
-            ids_sha256=source.ids_sha256,
+        self.config, self.existing, self.folder, self.progress = config, existing, folder, progress
+        self.main = [_main(looked) for looked in files]
+        self.num_cells = sum(s.num_cells for s in self.main)
+        self.workers = num_workers(config.workers, self.num_cells)
+        self.keys: set[str] = set()
+        self.parts_taken_over = 0
+        names = dict.fromkeys([schema.MEASUREMENT, *existing.var, *config.measurements])
+        self.channels: dict[str, Channel] = {}
+        for name in names:
+            own = [looked.get(name) for looked in files]
+            old = existing.var.get(name, OldVar())
+            genes = join(old, [s for s in own if s is not None])
+            self.channels[name] = Channel(name, old, genes, own)
+
+    def run(self) -> Assembly:
+        """Read and write everything but obs, var and the groups."""
+        config, main = self.config, self.channels[schema.MEASUREMENT]
+        refuse_overlap(self.existing, self.main, main.genes, config.cells_per_block)
+        parts.prepare(self.folder)
+        self._spool()
+        parts.give_back()
+        scanned = self._scan(main)
+        old = self.existing.obs
+        old_hashes = (
+            np.zeros(0, np.uint64) if old is None else old.column(schema.CELL_HASH).to_numpy()
         )
-        self.reports.append(report)
-        self.ledger.append(asdict(report))
+        primary = [s.primary for s in self.main]
+        kept, dropped = quality.choose(config, scanned, primary, old_hashes)
+        total = self.existing.num_cells + sum(int(k.sum()) for k in kept)
+        if total == 0:
+            quality.refuse_nothing(config, dropped, self.num_cells)
+        joinids, following = [], self.existing.num_cells
+        for mask in kept:
+            joinids.append(np.where(mask, following + np.cumsum(mask) - 1, -1))
+            following += int(mask.sum())
+        for channel in self.channels.values():
+            for source, home, ids in zip(channel.sources, self.main, joinids, strict=True):
+                channel.joinids.append(_joinids(source, home, ids))
+        self._write(scanned)
+        figures = [self._figures(main.parts[i]) if s is None else s for i, s in enumerate(scanned)]
+        contents = self._contents(figures)
+        return Assembly(
+            config=config,
+            existing=self.existing,
+            main=self.main,
+            channels=self.channels,
+            figures=figures,
+            kept=kept,
+            dropped=dropped,
+            contents=contents,
+            folder=self.folder,
+            num_cells=total,
+        )
+
+    def _contents(self, figures: Sequence[CellFigures]) -> list[str]:
+        """Content digest of each file; refuses one that is there already."""
+        found: list[str] = []
+        entries = list(self.existing.ledger)
+        for source, cells in zip(self.main, figures, strict=True):
+            content = content_digest(source.id_hashes, cells.hashes)
+            for entry in entries:
+                refuse_same_content(source, content, entry)
+            found.append(content)
+            entries.append(
+                {
+                    "file": source.path,
+                    "dataset_id": source.dataset_id,
+                    "content_sha256": content,
+                }
+            )
+        return found
+
+    def _spool_of(self, source: Source) -> Spool:
+        size = self.config.cells_per_block
+        return Spool(source.path, source.layer, source.stamp, source.num_cells, size)
+
+    def _spool(self) -> None:
+        """Turn what is stored by columns into rows."""
+        found = [s for c in self.channels.values() for s in c.sources if s is not None]
+        jobs = {j.key: j for j in (self._spool_of(s) for s in found if s.by_columns)}
+        self.keys |= set(jobs)
+        waiting = [j for key, j in jobs.items() if not (self.folder / key).exists()]
+        for job in waiting:
+            self.progress(
+                f"{job.path} layer {job.layer} is stored by columns: turning it into rows on disk"
+            )
+        run_jobs(waiting, self.folder, workers=self.workers, tick=lambda job, count: None)
+
+    def _cut(self, channel: Channel, number: int, *, measured: bool, write: bool) -> list[Part]:
+        """The parts of file ``number`` (from 0)."""
+        source = channel.sources[number]
+        if source is None:
+            return []
+        size = self.config.cells_per_block
+        counts = source.counts(self.folder / self._spool_of(source).key)
+        return [
+            Part(
+                number=number + 1,
+                counts=counts,
+                stamp=source.stamp,
+                rows=(first, min(first + size * PART_BLOCKS, source.num_cells)),
+                cells_per_block=size,
+                gene_hashes=channel.genes.hashes,
+                mito=channel.genes.mito,
+                measured=measured,
+                joinids=channel.joinids[number][first : first + size * PART_BLOCKS]
+                if write
+                else None,
+            )
+            for first in range(0, source.num_cells, size * PART_BLOCKS)
+        ]
+
+    def _run(self, jobs: Sequence[Part], what: str) -> None:
+        """Do the parts that are not done."""
+        keys = {part.key for part in jobs}
+        self.keys |= keys
+        waiting = [part for part in jobs if not (self.folder / part.key).exists()]
+        clock = Clock(self.progress, what, len(self.main), sum(p.num_cells for p in jobs))
+        if len(waiting) < len(jobs):
+            done = clock.total - sum(p.num_cells for p in waiting)
+            self.parts_taken_over += len(jobs) - len(waiting)
+            clock.taken_over(len(jobs) - len(waiting), len(jobs), done)
+        last = {part.number: part.rows[1] for part in jobs}
+        done_of = dict.fromkeys(last, 0)
+
+        def tick(part: Part, count: int) -> None:
+            done_of[part.number] += count
+            clock.cells(part.number, count, last=clock.done + count == clock.total)
+
+        run_jobs(waiting, self.folder, workers=self.workers, tick=tick)
+
+    def _scan(self, main: Channel) -> list[CellFigures | None]:
+        """Figures of the files that must be read before cells can be chosen."""
+        needed = quality.needs_scan(self.config)
+        cut = [
+            self._cut(main, i, measured=True, write=False) if needed and s.cells is None else []
+            for i, s in enumerate(self.main)
+        ]
+        jobs = [part for own in cut for part in own]
+        if jobs:
+            self.progress("the rules choose cells by their counts: reading the files first")
+            self._run(jobs, "looked through")
+        found: list[CellFigures | None] = []
+        for source, own in zip(self.main, cut, strict=True):
+            if source.cells is not None:
+                found.append(CellFigures(**source.cells.joined()))  # type: ignore[arg-type]
+            else:
+                found.append(self._figures(own) if own else None)
+        return found
+
+    def _write(self, scanned: Sequence[CellFigures | None]) -> None:
+        for number, source in enumerate(self.main, start=1):
+            introduce(self.progress, number, len(self.main), source)
+        for channel in self.channels.values():
+            home = channel.name == schema.MEASUREMENT
+            for i in range(len(self.main)):
+                measured = not home or scanned[i] is None
+                channel.parts.append(self._cut(channel, i, measured=measured, write=True))
+        jobs = [part for c in self.channels.values() for own in c.parts for part in own]
+        self.keys |= {part.key for part in jobs}
+        discarded = parts.discard_others(self.folder, self.keys)
+        if discarded:
+            self.progress(f"{discarded:,} parts of another, interrupted ingest are discarded")
+        self._run(jobs, "written")
+
+    def _figures(self, own: Sequence[Part]) -> CellFigures:
+        found = [parts.figures(self.folder, part) for part in own]
+        return CellFigures(**{n: np.concatenate([f[n] for f in found]) for n in found[0]})
 
 
-def _build(
-    config: IngestConfig, target: Path, place: Path, files: Sequence[Source], progress: Progress
-) -> _Writer:
-    """Build the new store at ``place``."""
-    existing = _existing(config, target)
-    genes = join(existing, files)
-    refuse_overlap(existing, files, genes, config.cells_per_block)
-    kept = [_kept(config, source, genes) for source in files]
-    total = existing.num_cells + sum(int(k.sum()) for k in kept)
-    if total == 0:
-        raise DataError(
-            f"no cell has ingest.min_genes_per_cell = {config.min_genes_per_cell} genes; lower it"
-        )
-    old = existing.gene_cells
-    writer = _Writer(
-        config=config,
-        genes=genes,
-        clock=Clock(progress, len(files), sum(s.num_cells for s in files)),
-        ledger=existing.ledger,
-        obs=[] if existing.obs is None else [existing.obs],
-        gene_cells=np.concatenate([old, np.zeros(len(genes.ids) - len(old), np.int64)]),
-        next_joinid=existing.num_cells,
-    )
-    shape = (total, len(genes.ids))
-    with open_x(target, place, shape, append=existing.obs is not None) as x:
-        for number, (source, mask) in enumerate(zip(files, kept, strict=True), start=1):
-            writer.write(x, number, source, mask)
-    assert writer.next_joinid == total, f"wrote {writer.next_joinid} cells of {total}"
-    write_table(place / "obs", schema.unify(writer.obs))
-    var = {
-        "feature_id": pa.array(genes.ids, pa.large_string()),
-        "feature_name": pa.array(genes.names, pa.large_string()),
-        schema.NUM_NONZERO: writer.gene_cells,
-    }
-    write_table(measurement_path(place) / "var", pa.table(var))
-    create_groups(place, writer.ledger)
-    return writer
+def _main(looked: dict[str, Source | None]) -> Source:
+    source = looked[schema.MEASUREMENT]
+    assert source is not None, "every file has a main source"
+    return source
+
+
+def _joinids(source: Source | None, home: Source, ids: I64) -> I64:
+    """Where the cells of a source go: the main one's have ``ids``, others are joined to them."""
+    if source is None:
+        return np.zeros(0, np.int64)
+    return ids if source is home else join_cells(home, ids, source)
 
 
 def ingest(config: IngestConfig, *, progress: Progress = lambda _: None) -> IngestReport:
     """Read h5ad files into a SOMA experiment, making it or adding to it.
 
     The store at ``config.uri`` changes at once or not at all: an ingest that fails or is killed
-    leaves it as it was, and can be run again.
+    leaves it as it was, and can be run again; it goes on where it was. The store's content is the
+    same for any number of workers.
 
     Args:
         config: the ``[ingest]`` table.
@@ -313,20 +292,24 @@ def ingest(config: IngestConfig, *, progress: Progress = lambda _: None) -> Inge
             f"ingest writes to a local folder, not to '{config.uri}'; ingest locally, then copy "
             "the folder to the object store"
         )
-    names = sources.list_files(config)
-    given = config.dataset_ids or [""] * len(names)
-    files = [sources.look(config, n, dataset_id=d) for n, d in zip(names, given, strict=True)]
+    files = look_all(config)
     with staging(target) as place:
         try:
-            writer = _build(config, target, place, files, progress)
+            existing = read_existing(config, target)
+            work = _Ingest(config, existing, files, parts_of(target), progress)
+            assembly = work.run()
+            reports = assembly.build(target, place)
         except (tiledbsoma.SOMAError, OSError) as error:
             raise DataError(f"writing '{target}' failed: {error}") from error
     seconds = time.monotonic() - started
     return IngestReport(
         uri=str(target),
-        num_cells=writer.next_joinid,
-        num_genes=len(writer.genes.ids),
-        files=tuple(writer.reports),
+        num_cells=assembly.num_cells,
+        num_genes=len(work.channels[schema.MEASUREMENT].genes.ids),
+        files=tuple(reports),
         seconds=seconds,
-        cells_per_s=writer.clock.done / max(seconds, 1e-9),
+        cells_per_s=work.num_cells / max(seconds, 1e-9),
+        workers=work.workers,
+        parts_taken_over=work.parts_taken_over,
+        duplicate_cells=config.duplicate_cells,
     )

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cellray.core.errors import DataError
-from cellray.data import sources
-from cellray.data.ingest import IngestConfig, IngestReport, ingest
+from cellray.data.ingest import IngestConfig, IngestReport, ingest, look_all
 from cellray.data.locate import local_path
 
 if TYPE_CHECKING:
@@ -31,18 +30,7 @@ class IngestResult:
 
     def lines(self) -> list[str]:
         """What the command line prints."""
-        report = self.report
-        told = [
-            f"{f.file}: {f.cells} cells x {f.genes} genes from {f.layer} as dataset "
-            f"'{f.dataset_id}', {f.genes_new} genes new to the store"
-            + (f", {f.cells_dropped} cells left out" if f.cells_dropped else "")
-            for f in report.files
-        ]
-        return [
-            *told,
-            f"store: {report.uri} ({report.num_cells} cells x {report.num_genes} genes, "
-            f"{report.cells_per_s:.0f} cells/s)",
-        ]
+        return self.report.lines()
 
 
 def check_ingest(run: IngestRun) -> list[str]:
@@ -59,10 +47,9 @@ def check_ingest(run: IngestRun) -> list[str]:
             f"there is a store at '{target}' and ingest.append = false; choose another uri or "
             "remove it"
         )
-    names = sources.list_files(config)
-    given = config.dataset_ids or [""] * len(names)
-    files = [sources.look(config, n, dataset_id=d) for n, d in zip(names, given, strict=True)]
-    cells = sum(f.num_cells for f in files)
+    files = look_all(config)
+    mains = [looked["RNA"] for looked in files]
+    cells = sum(f.num_cells for f in mains if f is not None)
     return [f"files: {len(files)} with {cells} cells", f"store: {config.uri}"]
 
 

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cellray.core.errors import DataError
 from cellray.data import schema
 from cellray.data.digest import hash64
-from cellray.data.sources import Source, scan
+from cellray.data.sketch import Sketch
+from cellray.data.sources import Source, hash_ids, scan
 
-__all__ = ["Clock", "Existing", "JoinedGenes", "join", "refuse_overlap", "refuse_same_content"]
+__all__ = ["Existing", "JoinedGenes", "OldVar", "join", "refuse_overlap", "refuse_same_content"]
 
-Progress = Callable[[str], None]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
-_PROGRESS_EVERY_S = 2.0
+
+@dataclass
+class OldVar:
+    """The features of a measurement before the ingest.
+
+    Attributes:
+        ids: canonical ids.
+        names: symbols.
+        num_cells: how many cells express each.
+        sketch: their normalised counts.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    num_cells: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    sketch: Sketch = field(default_factory=Sketch)
 
 
 @dataclass
@@ -30,16 +45,12 @@ class Existing:
     """The store as it is before the ingest; empty if there is none.
 
     Attributes:
-        feature_ids: its genes.
-        feature_names: their symbols.
-        gene_cells: how many cells express each.
+        var: the features of each measurement that it has.
         obs: its cells in joinid order, without joinid; None if there is no store.
         ledger: one entry for each file that is in it.
     """
 
-    feature_ids: list[str] = field(default_factory=list)
-    feature_names: list[str] = field(default_factory=list)
-    gene_cells: I64 = field(default_factory=lambda: np.zeros(0, np.int64))
+    var: dict[str, OldVar] = field(default_factory=dict)
     obs: pa.Table | None = None
     ledger: list[dict[str, Any]] = field(default_factory=list)
 
@@ -58,17 +69,19 @@ class JoinedGenes:
         names: V symbols.
         new: for each file, how many genes it brings that were not there before it.
         hashes: (V,) hash of each id.
+        mito: (V,) which of them are mitochondrial: symbols that start with ``MT-`` or ``mt-``.
     """
 
     ids: list[str]
     names: list[str]
     new: list[int]
     hashes: U64
+    mito: npt.NDArray[np.bool_]
 
 
-def join(existing: Existing, files: Sequence[Source]) -> JoinedGenes:
+def join(old: OldVar, files: Sequence[Source]) -> JoinedGenes:
     """Union of the genes, old rows first; sets ``rows`` of each file."""
-    ids, names = list(existing.feature_ids), list(existing.feature_names)
+    ids, names = list(old.ids), list(old.names)
     row_of = {gene: row for row, gene in enumerate(ids)}
     new = []
     for source in files:
@@ -78,17 +91,20 @@ def join(existing: Existing, files: Sequence[Source]) -> JoinedGenes:
                 row_of[gene] = len(ids)
                 ids.append(gene)
                 names.append(name)
-        source.rows = np.array([row_of[g] for g in source.genes.feature_ids], dtype=np.int64)
+        source.rows = np.full(len(source.taken), -1, dtype=np.int64)
+        source.rows[source.taken] = [row_of[g] for g in source.genes.feature_ids]
         new.append(len(ids) - before)
-    return JoinedGenes(ids, names, new, hash64(ids))
+    mito = np.array([n.startswith(("MT-", "mt-")) for n in names], dtype=bool)
+    return JoinedGenes(ids, names, new, hash64(ids), mito)
 
 
-def _old_cell_ids(existing: Existing, dataset_id: str) -> set[str]:
+def _old_cell_ids(existing: Existing, dataset_id: str) -> U64:
+    """Hashes of the cell ids that a dataset of the store has."""
     if existing.obs is None:
-        return set()
-    datasets = existing.obs.column(schema.DATASET_ID).to_pandas().astype(str)
-    ids = existing.obs.column(schema.OBS_ID).to_pandas().astype(str)
-    return set(ids[(datasets == dataset_id).to_numpy()])
+        return np.zeros(0, np.uint64)
+    datasets = existing.obs.column(schema.DATASET_ID).cast(pa.large_string())
+    ids = existing.obs.column(schema.OBS_ID).filter(pc.equal(datasets, dataset_id))
+    return hash_ids(ids.cast(pa.large_string()).combine_chunks())
 
 
 def refuse_same_content(source: Source, content: str, entry: dict[str, Any]) -> None:
@@ -116,13 +132,14 @@ def refuse_overlap(
         DataError: says which file and dataset hold the data, or own the name.
     """
     entries = list(existing.ledger)
-    ids_of: dict[str, set[str]] = {}
+    ids_of: dict[str, U64] = {}
     for source in files:
         same_ids = [e for e in entries if e["ids_sha256"] == source.ids_sha256]
         dataset = source.dataset_id
         known = [e for e in entries if e["dataset_id"] == dataset]
         taken = ids_of.setdefault(dataset, _old_cell_ids(existing, dataset))
-        shared = sorted(taken.intersection(source.cell_ids.tolist()))
+        met = np.isin(source.id_hashes, taken)
+        shared = sorted(source.cell_ids.filter(pa.array(met)).to_pylist())
         if same_ids or shared or (known and not source.named):
             content = _content(source, genes, cells_per_block)
             for entry in entries:
@@ -140,7 +157,7 @@ def refuse_overlap(
                 f"e.g. {', '.join(map(repr, shared[:3]))}. Give it another name with "
                 "ingest.dataset_ids, or make the ids unique"
             )
-        taken |= set(source.cell_ids.tolist())
+        ids_of[dataset] = np.concatenate([taken, source.id_hashes])
         entries.append(
             {
                 "file": source.path,
@@ -153,48 +170,5 @@ def refuse_overlap(
 
 
 def _content(source: Source, genes: JoinedGenes, cells_per_block: int) -> str:
-    return scan(source, cells_per_block, genes.hashes).content(source.cell_ids)
-
-
-class Clock:
-    """Says how far an ingest is.
-
-    Args:
-        progress: is told, a line at a time.
-        num_files: files in all.
-        num_cells: cells in all.
-    """
-
-    def __init__(self, progress: Progress, num_files: int, num_cells: int) -> None:
-        self._progress, self._num_files, self._num_cells = progress, num_files, num_cells
-        self._started = self._said = time.monotonic()
-        self.done = 0
-
-    def begin(self, number: int, source: Source) -> None:
-        """File ``number`` (from 1) is next."""
-        genes = source.genes
-        whose = f"{genes.organism} genes" if genes.organism else "genes of no known organism"
-        self._progress(
-            f"file {number}/{self._num_files} {source.path}: {source.num_cells:,} cells from "
-            f"{source.layer}, {whose}, {genes.num_ensembl:,} of {len(genes.feature_ids):,} with "
-            "an Ensembl id"
-        )
-        if genes.merged:
-            pairs = [f"{g} = {' + '.join(names)}" for g, names in list(genes.merged.items())[:3]]
-            self._progress(
-                f"  {len(genes.merged):,} genes are named by several rows, whose counts are "
-                f"added up: {'; '.join(pairs)}"
-            )
-
-    def cells(self, number: int, count: int, *, last: bool = False) -> None:
-        """``count`` more cells are done; said every two seconds and at a file's end."""
-        self.done += count
-        now = time.monotonic()
-        if last or now - self._said >= _PROGRESS_EVERY_S:
-            self._said = now
-            rate = self.done / max(now - self._started, 1e-9)
-            left = (self._num_cells - self.done) / max(rate, 1e-9)
-            self._progress(
-                f"file {number}/{self._num_files}: {self.done:,} of {self._num_cells:,} cells, "
-                f"{rate:,.0f} cells/s, ETA {left:,.0f} s"
-            )
+    cells = scan(source, cells_per_block, genes.hashes, genes.mito)
+    return cells.content(source.id_hashes)

@@ -8,7 +8,7 @@ that span all genes, so ours are 64 rows tall: 64 neighbours touch their own dat
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,18 +27,24 @@ __all__ = [
     "GENE_IDS",
     "GENE_NAMES",
     "GENE_TILE",
+    "HISTOGRAM",
+    "IS_DUPLICATE",
     "JOINID",
     "LAYER",
     "MEASUREMENT",
     "META_FORMAT",
     "META_LEDGER",
+    "META_LIBRARY",
+    "NONZERO_MEDIAN",
     "NUM_MEASURED",
     "NUM_NONZERO",
     "OBS_ID",
     "OWN_OBS",
     "RAW_SUM",
     "STAGING_SUFFIX",
+    "histogram_options",
     "obs_to_arrow",
+    "raw_sum",
     "table_options",
     "unify",
     "x_options",
@@ -55,7 +61,11 @@ RAW_SUM = "raw_sum"
 NUM_NONZERO = "nnz"
 NUM_MEASURED = "n_measured_vars"
 CELL_HASH = "cell_hash"
-OWN_OBS = (OBS_ID, DATASET_ID, RAW_SUM, NUM_NONZERO, NUM_MEASURED, CELL_HASH)
+IS_DUPLICATE = "is_duplicate"
+OWN_OBS = (OBS_ID, DATASET_ID, RAW_SUM, NUM_NONZERO, NUM_MEASURED, CELL_HASH, IS_DUPLICATE)
+
+NONZERO_MEDIAN = "nonzero_median"  # var column: of normalised counts over the cells that express it
+HISTOGRAM = "nonzero_histogram"  # varm: the sketch that the medians are from, so that it can grow
 
 # Where other writers keep what we call by the first name of each tuple, in order of preference.
 CELL_IDS = (OBS_ID, "observation_joinid")
@@ -64,6 +74,7 @@ GENE_NAMES = ("feature_name", "gene_symbol", "gene_name", "symbol")
 
 META_FORMAT = "cellray_format"
 META_LEDGER = "cellray_ledger"
+META_LIBRARY = "cellray_library_sizes"
 FORMAT_VERSION = 1
 STAGING_SUFFIX = ".ingesting"
 COPY_MARKER = "cellray_copy.json"  # at the target of a copy until it is complete
@@ -76,6 +87,11 @@ MAX_LABELS = 32_767  # more distinct strings than this are stored plain, not dic
 
 _RESERVED = re.compile(r"^soma_")
 _ZSTD: dict[str, Any] = {"_type": "ZstdFilter", "level": ZSTD_LEVEL}
+
+
+def raw_sum(measurement: str) -> str:
+    """The obs column with a cell's total counts in a measurement."""
+    return RAW_SUM if measurement == MEASUREMENT else f"{RAW_SUM}_{measurement}"
 
 
 def x_options() -> dict[str, Any]:
@@ -103,8 +119,23 @@ def table_options() -> dict[str, Any]:
     return {"tiledb": {"create": create}}
 
 
-def _column(values: pd.Series) -> pa.Array:
+def histogram_options() -> dict[str, Any]:
+    """Creation options of the histogram of a measurement's genes: zstd 3, small integers."""
+    create = {
+        "capacity": CAPACITY,
+        "dims": {
+            "soma_dim_0": {"tile": 4096, "filters": ["RleFilter", _ZSTD]},
+            "soma_dim_1": {"tile": 4096, "filters": ["ByteShuffleFilter", _ZSTD]},
+        },
+        "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", _ZSTD]}},
+    }
+    return {"tiledb": {"create": create}}
+
+
+def _column(values: pd.Series | pa.Array) -> pa.Array:
     """One obs column as Arrow: bool, int and float kept, everything else as strings."""
+    if isinstance(values, pa.Array):
+        return values
     if isinstance(values.dtype, pd.CategoricalDtype):
         values = values.astype(values.cat.categories.dtype) if _plain(values) else values
     kind = values.dtype.kind if hasattr(values.dtype, "kind") else "O"
@@ -127,21 +158,30 @@ def _plain(values: pd.Series) -> bool:
     return values.cat.categories.dtype.kind in "biuf" and not bool(values.isna().any())
 
 
-def obs_to_arrow(obs: pd.DataFrame) -> pa.Table:
+def obs_to_arrow(
+    obs: pd.DataFrame | Iterable[tuple[str, pd.Series | pa.Array]],
+) -> pa.Table:
     """The columns of an AnnData obs frame as Arrow, the index left out.
 
     A column whose name the store uses itself (``obs_id``, ``nnz`` ...) or that SOMA reserves
     (``soma_...``) becomes ``<name>_source``.
+
+    Args:
+        obs: the frame, or its columns by name, one after another.
     """
+    if isinstance(obs, pd.DataFrame):
+        frame = obs
+        obs = ((str(name), frame.iloc[:, i]) for i, name in enumerate(frame.columns))
+    found = [(name or "unnamed", _column(values)) for name, values in obs]
+    given = {name for name, _ in found}
     columns: dict[str, pa.Array] = {}
-    given = {str(name) for name in obs.columns}
-    for position, name in enumerate(obs.columns):
-        label = str(name) or "unnamed"
+    for name, values in found:
+        label = name
         if label in OWN_OBS or _RESERVED.match(label):
             label = f"{_RESERVED.sub('', label)}_source"
             while label in given or label in columns:
                 label += "_source"
-        columns[label] = _column(obs.iloc[:, position])
+        columns[label] = values
     return pa.table(columns)
 
 
@@ -204,6 +244,9 @@ def _encode(array: pa.Array) -> pa.Array:
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if not pa.types.is_large_string(array.type):
         return array
+    head = array.slice(0, 2 * MAX_LABELS)
+    if len(array) > len(head) and len(head.unique()) > MAX_LABELS:
+        return array  # saves a table of all labels of a column of ids
     encoded = array.dictionary_encode()
     labels = len(encoded.dictionary)
     if labels > MAX_LABELS or labels > max(64, len(array) // 2):

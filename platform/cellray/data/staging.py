@@ -2,11 +2,12 @@
 
     <uri>.ingesting/lock         held while an ingest runs; released by the system if it dies
     <uri>.ingesting/experiment   the new store, being built
+    <uri>.ingesting/parts        what is finished of it (:mod:`cellray.data.parts`)
     <uri>.ingesting/previous     the old store, between the two renames of the swap
 
-A store at ``<uri>`` is therefore always whole. An ingest that died leaves the staging folder; the
-next one takes it over, moves the old store back if it was caught between the renames, and starts
-afresh.
+A store at ``<uri>`` is therefore always whole. An ingest that died or failed leaves the staging
+folder if a part was finished; the next one takes it over, moves the old store back if it was caught
+between the renames, and uses those parts that it needs too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from cellray.core.errors import DataError
 from cellray.data.schema import STAGING_SUFFIX
 
-__all__ = ["link_tree", "staging", "staging_of"]
+__all__ = ["link_tree", "parts_of", "staging", "staging_of"]
 
 
 def staging_of(target: Path) -> Path:
@@ -29,8 +30,15 @@ def staging_of(target: Path) -> Path:
     return target.with_name(target.name + STAGING_SUFFIX)
 
 
+def parts_of(target: Path) -> Path:
+    """The folder in which the parts of an ingest into ``target`` are kept until it is published."""
+    return staging_of(target) / "parts"
+
+
 def link_tree(source: Path, target: Path) -> None:
     """Make ``target`` a copy of ``source`` that shares its files, or copies them if it cannot.
+
+    ``source`` is a folder or one file.
 
     Only for files that are never changed in place; those of a TileDB array are not.
     """
@@ -41,7 +49,10 @@ def link_tree(source: Path, target: Path) -> None:
         except OSError:  # another file system, or one without hard links
             shutil.copy2(old, new)
 
-    shutil.copytree(source, target, copy_function=link)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
+    else:
+        link(str(source), str(target))
 
 
 def _take_over(target: Path, folder: Path) -> None:
@@ -52,6 +63,16 @@ def _take_over(target: Path, folder: Path) -> None:
     for leftover in (previous, folder / "experiment"):
         if leftover.exists():
             shutil.rmtree(leftover)
+
+
+def _clear(folder: Path, *, published: bool) -> None:
+    """Remove the staging folder, but for the parts that the next ingest can use."""
+    parts = folder / "parts"
+    finished = parts.is_dir() and any((p / "figures.npz").is_file() for p in parts.iterdir())
+    if published or not finished:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        shutil.rmtree(folder / "experiment", ignore_errors=True)
 
 
 def _publish(target: Path, folder: Path) -> None:
@@ -70,7 +91,7 @@ def _publish(target: Path, folder: Path) -> None:
 def staging(target: Path) -> Iterator[Path]:
     """Give a path to build a store at; publish it at ``target`` if the block ends well.
 
-    On an error nothing at ``target`` changes and the staging folder is removed.
+    On an error nothing at ``target`` changes, and only finished parts stay beside it.
 
     Args:
         target: absolute path of the store, present or not; its parent is made.
@@ -91,9 +112,11 @@ def staging(target: Path) -> Iterator[Path]:
             raise DataError(
                 f"another ingest into '{target}' is running; wait until it has ended"
             ) from error
+        published = False
         try:
             _take_over(target, folder)
             yield folder / "experiment"
             _publish(target, folder)
+            published = True
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _clear(folder, published=published)

@@ -118,8 +118,9 @@ def library_size_quantiles(
     """
     if len(joinids) == 0:
         raise DataError("library sizes of no cells: the selection is empty")
-    if store.has_obs(schema.RAW_SUM):
-        sizes = store.obs([schema.RAW_SUM]).set_index(schema.JOINID)[schema.RAW_SUM].loc[joinids]
+    column = schema.raw_sum(store.measurement)
+    if store.has_obs(column):
+        sizes = store.obs([column]).set_index(schema.JOINID)[column].loc[joinids]
         return np.asarray(np.quantile(sizes.to_numpy(dtype=np.float64), quantiles))
     nothing = np.full(store.num_genes, -1, dtype=np.int32)
     parts = [b.library_sizes for b in _blocks(store, joinids, nothing, cells_per_block)]

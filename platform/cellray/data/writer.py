@@ -11,22 +11,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import tiledbsoma
 from scipy import sparse
 
 from cellray.data import schema, snapshot
+from cellray.data.sketch import NUM_BUCKETS, Sketch
 from cellray.data.staging import link_tree
 
 __all__ = [
     "create_groups",
     "create_x",
     "measurement_path",
-    "open_x",
+    "prepare_x",
     "write_block",
+    "write_histogram",
+    "write_rows",
     "write_table",
     "x_path",
 ]
+
+_ENTRIES_AT_ONCE = 500_000
+_ROWS_AT_ONCE = 262_144  # of obs: bounds what TileDB holds to sort and compress it
 
 
 def measurement_path(place: Path, measurement: str = schema.MEASUREMENT) -> Path:
@@ -66,6 +73,10 @@ def create_groups(
             members.append((group, "var", measurement_path(place, name) / "var"))
             layers = group.add_new_collection("X")
             members.append((layers, schema.LAYER, x_path(place, name)))
+            histogram = measurement_path(place, name) / "varm" / schema.HISTOGRAM
+            if histogram.exists():
+                varm = group.add_new_collection("varm")
+                members.append((varm, schema.HISTOGRAM, histogram))
         for parent, name, path in members:
             with tiledbsoma.open(str(path)) as member:
                 parent.set(name, member, use_relative_uri=True)
@@ -94,7 +105,8 @@ def write_table(path: Path, table: pa.Table) -> None:
         tiledb_timestamp=1,
     ).close()
     with tiledbsoma.open(str(path), "w") as frame:
-        frame.write(table)
+        for first in range(0, max(1, len(table)), _ROWS_AT_ONCE):
+            frame.write(table.slice(first, _ROWS_AT_ONCE))
 
 
 def create_x(path: Path, shape: tuple[int, int]) -> None:
@@ -105,17 +117,50 @@ def create_x(path: Path, shape: tuple[int, int]) -> None:
     ).close()
 
 
-def open_x(target: Path, place: Path, shape: tuple[int, int], *, append: bool) -> Any:
-    """X of the new store, open for writing: a fresh one, or one that shares the old fragments."""
-    path = x_path(place)
+def prepare_x(
+    target: Path, place: Path, shape: tuple[int, int], *, measurement: str, append: bool
+) -> Path:
+    """X of the new store at ``place``: a fresh one, or one that shares the old fragments.
+
+    Returns:
+        Where it is.
+    """
+    path = x_path(place, measurement)
     if append:
         path.parent.mkdir(parents=True)
-        link_tree(x_path(target), path)
+        link_tree(x_path(target, measurement), path)
         with tiledbsoma.open(str(path), "w") as x:
             x.resize(shape)
     else:
         create_x(path, shape)
-    return tiledbsoma.open(str(path), "w")
+    return path
+
+
+def write_histogram(place: Path, measurement: str, sketch: Sketch, num_genes: int) -> None:
+    """Write the sketch of a measurement's genes: (V, buckets) int64, how often each was hit.
+
+    Args:
+        place: the store.
+        measurement: whose genes.
+        sketch: over all its cells.
+        num_genes: V.
+    """
+    path = measurement_path(place, measurement) / "varm" / schema.HISTOGRAM
+    path.parent.mkdir(parents=True)
+    shape = (num_genes, NUM_BUCKETS)
+    tiledbsoma.SparseNDArray.create(
+        str(path), type=pa.int64(), shape=shape, platform_config=schema.histogram_options()
+    ).close()
+    with tiledbsoma.open(str(path), "w") as array:
+        for first in range(0, len(sketch.keys), _ENTRIES_AT_ONCE):
+            last = first + _ENTRIES_AT_ONCE
+            part = Sketch(sketch.keys[first:last], sketch.counts[first:last])
+            table = {
+                "soma_dim_0": part.genes,
+                "soma_dim_1": part.buckets,
+                "soma_data": part.counts.astype(np.int64),
+            }
+            array.write(pa.table(table))
 
 
 def write_block(x: Any, block: sparse.csr_matrix, first: int, num_genes: int) -> None:
@@ -127,16 +172,27 @@ def write_block(x: Any, block: sparse.csr_matrix, first: int, num_genes: int) ->
         first: joinid of the block's first cell.
         num_genes: V of the store.
     """
+    assert block.shape[1] <= num_genes, f"{block.shape[1]} genes for a store of {num_genes}"
+    write_rows(x, block, np.arange(first, first + block.shape[0], dtype=np.int64))
+
+
+def write_rows(x: Any, block: sparse.csr_matrix, joinids: npt.NDArray[np.int64]) -> None:
+    """Write N cells as one fragment.
+
+    Args:
+        x: an X layer, open for writing.
+        block: (N, V) counts, genes ascending within a cell, no zeros.
+        joinids: (N,) ascending.
+    """
     if block.nnz == 0:
         return
-    rows = np.arange(first, first + block.shape[0], dtype=np.int64)
     table = pa.table(
         {
-            "soma_dim_0": np.repeat(rows, np.diff(block.indptr)),
+            "soma_dim_0": np.repeat(joinids, np.diff(block.indptr)),
             "soma_dim_1": block.indices.astype(np.int64),
             "soma_data": block.data,
         }
     )
     # compressed rows are in TileDB's own order as long as one tile spans all genes
-    ordered = tiledbsoma.TileDBWriteOptions(sort_coords=num_genes > schema.GENE_TILE)
+    ordered = tiledbsoma.TileDBWriteOptions(sort_coords=block.shape[1] > schema.GENE_TILE)
     x.write(table, platform_config=ordered)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from cellray.core.errors import DataError, did_you_mean
 from cellray.data.census import is_census
+from cellray.data.existing import stored_library_sizes
+from cellray.data.ingest_report import sum_lines
 from cellray.data.soma import open_store
 from cellray.train.checkpoint import Manifest, read_checkpoint
 
@@ -21,6 +23,7 @@ def _store(path: str, tiledb: Mapping[str, str] | None) -> list[str]:
         f"  cells: {facts['cells']}",
         f"  genes: {facts['genes']}",
         f"  layer: {facts['layer']} of {', '.join(facts['layers'])} ({facts['measurement']})",
+        f"  measurements: {', '.join(facts['measurements'])}",
     ]
     if facts["bytes_on_disk"] is not None:
         lines.append(f"  size: {facts['bytes_on_disk'] / 1e6:.1f} MB")
@@ -36,6 +39,11 @@ def _store(path: str, tiledb: Mapping[str, str] | None) -> list[str]:
         f"{file['content_sha256'][:12]}"
         for file in facts["files"]
     ]
+    lines += [f"    in all: {line}" for line in sum_lines(facts["files"])]
+    sizes = stored_library_sizes(facts["uri"], measurement=facts["measurement"])
+    if sizes:
+        told = ", ".join(f"{q:g}: {size:.0f}" for q, size in sizes.items())
+        lines.append(f"  library sizes, quantiles: {told}")
     return lines
 
 
