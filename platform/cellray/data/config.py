@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cellray.core.section import Section
+from cellray.core.section import Section, flatten
 
 __all__ = ["DataSection", "SplitSection"]
 
@@ -91,6 +91,12 @@ class DataSection(Section):
     balance_max_repeats: int = Field(default=10, ge=1, le=32)
     cache: str = ""
     split: SplitSection = SplitSection()
+
+    @field_validator("tiledb", mode="before")
+    @classmethod
+    def _dotted(cls, value: Any) -> Any:
+        """``vfs.s3.region = "x"`` without quotes is a table in a table in TOML."""
+        return flatten(value) if isinstance(value, dict) else value
 
     @property
     def uris(self) -> list[str]:

@@ -47,6 +47,7 @@ from cellray.data.measurements import check_measurements, join_cells, look_measu
 from cellray.data.parts import PART_BLOCKS, Part, Spool
 from cellray.data.quality import CellFigures
 from cellray.data.sources import Source
+from cellray.data.remote_ingest import ingest_remote
 from cellray.data.staging import parts_of, staging
 
 __all__ = ["FileReport", "IngestConfig", "IngestReport", "MeasurementConfig", "ingest", "look_all"]
@@ -288,9 +289,8 @@ def ingest(config: IngestConfig, *, progress: Progress = lambda _: None) -> Inge
     started = time.monotonic()
     target = local_path(config.uri)
     if target is None:
-        raise DataError(
-            f"ingest writes to a local folder, not to '{config.uri}'; ingest locally, then copy "
-            "the folder to the object store"
+        return ingest_remote(
+            config, lambda local: ingest(local, progress=progress), progress=progress
         )
     files = look_all(config)
     with staging(target) as place:

@@ -51,9 +51,13 @@ class IngestConfig(Section):
 
     Attributes:
         files: h5ad files, or h5mu files with a modality ``rna``; paths and globs.
-        uri: the store to make or to append to, a local folder.
+        uri: the store to make, a local folder or ``s3://bucket/store``; a local one can also be
+            appended to.
         layer: where the raw counts are: ``X``, ``raw.X``, the name of a layer, or ``auto``: X if
             it holds raw counts, else raw.X.
+        scratch: where a store for an object store is built before it is copied; "" takes the
+            system's folder for temporary files.
+        tiledb: TileDB settings of the object store, as ``data.tiledb``.
         organism: whose table maps symbols to Ensembl ids: ``human``, ``mouse`` or ``auto``.
         gene_id_column: var column whose ids are preferred to the index; ``auto``: a column of
             Ensembl ids, consulted where the index holds none.
@@ -77,6 +81,8 @@ class IngestConfig(Section):
 
     files: list[str]
     uri: str
+    scratch: str = ""
+    tiledb: dict[str, str] = {}
     layer: str = "auto"
     organism: Literal["auto", "human", "mouse"] = "auto"
     gene_id_column: str = "auto"

@@ -438,7 +438,7 @@ class Store:
                 "take data.statistics = 'train', or ingest the cells with cellray"
             )
         frame = found.to_pandas().sort_values(schema.JOINID)
-        return frame[schema.NONZERO_MEDIAN].to_numpy(dtype=np.float32)[: self.num_genes]
+        return np.asarray(frame[schema.NONZERO_MEDIAN], dtype=np.float32)[: self.num_genes]
 
     @property
     def ledger(self) -> list[dict[str, Any]]:
