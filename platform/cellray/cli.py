@@ -45,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--no-wait", action="store_true", help="return once it is accepted")
     show = commands.add_parser("show", help="what a store, checkpoint or run holds, in words")
     show.add_argument("path")
+    rewrite = commands.add_parser("relayout", help="a SOMA experiment in the training layout")
+    rewrite.add_argument("source", metavar="SRC", help="e.g. a Census organism")
+    rewrite.add_argument("target", metavar="DST", help="a local folder that does not exist yet")
+    rewrite.add_argument("--measurement", default="RNA")
+    rewrite.add_argument("--layer", default="raw")
+    rewrite.add_argument("--obs-filter", default="", help='cells to keep, e.g. "nnz >= 200"')
     commands.add_parser("doctor", help="what this machine has, what is missing, what to do")
     return parser
 
@@ -97,6 +103,22 @@ def _show(path: str) -> int:
     return 0
 
 
+def _relayout(arguments: argparse.Namespace) -> int:
+    from cellray.data.relayout import relayout
+
+    report = relayout(
+        arguments.source,
+        arguments.target,
+        measurement=arguments.measurement,
+        layer=arguments.layer,
+        obs_filter=arguments.obs_filter,
+        progress=say,
+    )
+    for line in report.lines():
+        print(line)
+    return 0
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from cellray.ops.submit import submit
 
@@ -138,6 +160,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return _submit(arguments)
         if arguments.command == "show":
             return _show(arguments.path)
+        if arguments.command == "relayout":
+            return _relayout(arguments)
         return _doctor()
     except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)

@@ -111,7 +111,11 @@ def variants() -> dict[str, dict[str, Any]]:
         ),
     }
     mixes = {
-        "rows lz4, genes lz4, data lz4 (shuffled)": ([SHUFFLE, LZ4], [SHUFFLE, LZ4], [SHUFFLE, LZ4]),
+        "all byteshuffle+lz4": (
+            [SHUFFLE, LZ4],
+            [SHUFFLE, LZ4],
+            [SHUFFLE, LZ4],
+        ),
         "rows lz4, genes lz4, data zstd1": ([LZ4], [SHUFFLE, LZ4], [SHUFFLE, z1]),
         "rows zstd1, genes bitwidth, data lz4": ([z1], [WIDTH], [SHUFFLE, LZ4]),
         "rows lz4, genes bitwidth+lz4, data bitshuffle+lz4": (
@@ -192,7 +196,9 @@ def main() -> None:
             arrays[name] = tiledbsoma.open(str(path), context=context)
             read(arrays[name], [slice(0, 255)])
         ahead = [slice(i, i + WINDOW - 1) for i in range(0, given.cells, WINDOW)]
-        times: dict[str, dict[str, list[float]]] = {n: {"random": [], "sequential": []} for n in chosen}
+        times: dict[str, dict[str, list[float]]] = {
+            n: {"random": [], "sequential": []} for n in chosen
+        }
         for turn in range(given.rounds):
             shuffled = [pa.array(w) for w in windows(given.cells, turn)]
             for name, x in arrays.items():

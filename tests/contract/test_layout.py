@@ -29,7 +29,7 @@ HOMES = {
         "ops/environment.py",
     },
     "deepspeed": {"train/deepspeed.py"},
-    "tiledbsoma": {"data/soma.py", "data/ingest.py", "data/writer.py"},
+    "tiledbsoma": {"data/soma.py", "data/ingest.py", "data/writer.py", "data/relayout.py"},
     "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
 }
 
