@@ -128,16 +128,18 @@ def variants() -> dict[str, dict[str, Any]]:
     return found
 
 
-def write(path: Path, create: dict[str, Any], blocks: list[Any], cells: int) -> tuple[float, int]:
+def write(
+    path: Path, create: dict[str, Any], blocks: list[Any], cells: int, *, num_genes: int = NUM_GENES
+) -> tuple[float, int]:
     """Write all cells; returns CPU-seconds and bytes on disk."""
     started = time.process_time()
     tiledbsoma.SparseNDArray.create(
         str(path),
         type=pa.float32(),
-        shape=(cells, NUM_GENES),
+        shape=(cells, num_genes),
         platform_config={"tiledb": {"create": create}},
     ).close()
-    spans = create["dims"]["soma_dim_1"]["tile"] >= NUM_GENES and create["cell_order"] != "hilbert"
+    spans = create["dims"]["soma_dim_1"]["tile"] >= num_genes and create["cell_order"] != "hilbert"
     ordered = tiledbsoma.TileDBWriteOptions(sort_coords=not spans)
     context = tiledbsoma.SOMATileDBContext(tiledb_config=SETTINGS)
     with tiledbsoma.open(str(path), "w", context=context) as x:

@@ -185,7 +185,7 @@ def _cell_ids(obs: pd.DataFrame, source: str) -> list[str]:
             f"obs '{column}' of '{source}' is not unique: '{twice}' comes more than once; keep one "
             "of the cells with an obs filter"
         )
-    return ids.tolist()
+    return list(ids)
 
 
 def _spans(joinids: I64, size: int) -> Iterator[slice]:
