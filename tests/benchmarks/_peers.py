@@ -78,7 +78,19 @@ def scdataset(folder: Path, cells: int, batch: int) -> Callable[[], Batches]:
     from anndata.io import sparse_dataset
     from scdataset import BlockShuffling, scDataset
 
-    counts = sparse_dataset(h5py.File(folder / "cells.h5ad")["X"])
+    class Rows:
+        """What scDataset indexes: it asks for a length, which AnnData's backed CSR lacks."""
+
+        def __init__(self) -> None:
+            self.counts = sparse_dataset(h5py.File(folder / "cells.h5ad")["X"])
+
+        def __len__(self) -> int:
+            return cells
+
+        def __getitem__(self, rows: Any) -> Any:
+            return self.counts[np.asarray(rows)]
+
+    counts = Rows()
 
     def epoch() -> Batches:
         dataset = scDataset(
@@ -86,7 +98,6 @@ def scdataset(folder: Path, cells: int, batch: int) -> Callable[[], Batches]:
             BlockShuffling(block_size=64),
             batch_size=batch,
             fetch_factor=4096 // batch,
-            fetch_callback=lambda data, rows: data[np.asarray(rows)],
         )
         for found in dataset:
             yield found, None
@@ -102,7 +113,8 @@ def scdl(folder: Path, cells: int, batch: int) -> Callable[[], Batches]:
 
     place = folder / "scdl"
     made = place.exists()
-    source = {} if made else {"h5ad_path": str(folder / "cells.h5ad")}
+    given = {"h5ad_path": str(folder / "cells.h5ad"), "use_X_not_raw": True}
+    source = {} if made else given
     dataset = SingleCellMemMapDataset(str(place), **source)
 
     def epoch() -> Batches:
