@@ -295,6 +295,9 @@ def start_ray() -> None:
 def memory(uri: str, sizes: list[int]) -> dict[str, int]:
     """Peak bytes of streaming each number of cells, each in a process of its own."""
     found = {}
+    held = select_cells(DataSection(uri=uri)).store.num_cells
+    if held < max(sizes):
+        raise SystemExit(f"--memory needs a store of {max(sizes):,} cells; '{uri}' has {held:,}")
     for size in sizes:
         words = [sys.executable, __file__, uri, "--cells", str(size), "--stream-only"]
         done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=HERE)
