@@ -49,7 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     copy = commands.add_parser("copy", help="a whole store to or from an object store")
     copy.add_argument("source", metavar="SRC", help="a folder, s3://bucket/store or census:...")
     copy.add_argument("target", metavar="DST", help="a folder or s3://bucket/store")
-    for sub in (show, copy):
+    rewrite = commands.add_parser("relayout", help="a SOMA experiment in the training layout")
+    rewrite.add_argument("source", metavar="SRC", help="e.g. a Census organism")
+    rewrite.add_argument("target", metavar="DST", help="a local folder that does not exist yet")
+    rewrite.add_argument("--measurement", default="RNA")
+    rewrite.add_argument("--layer", default="raw")
+    rewrite.add_argument("--obs-filter", default="", help='cells to keep, e.g. "nnz >= 200"')
+    for sub in (show, copy, rewrite):
         sub.add_argument(
             "--tiledb",
             action="append",
@@ -129,6 +135,22 @@ def _show(path: str, tiledb: Sequence[str]) -> int:
     return 0
 
 
+def _relayout(arguments: argparse.Namespace) -> int:
+    from cellray.data.relayout import relayout
+
+    report = relayout(
+        arguments.source,
+        arguments.target,
+        measurement=arguments.measurement,
+        layer=arguments.layer,
+        obs_filter=arguments.obs_filter,
+        progress=say,
+    )
+    for line in report.lines():
+        print(line)
+    return 0
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from cellray.ops.submit import submit
 
@@ -172,6 +194,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return _show(arguments.path, arguments.tiledb)
         if arguments.command == "copy":
             return _copy(arguments.source, arguments.target, arguments.tiledb)
+        if arguments.command == "relayout":
+            return _relayout(arguments)
         return _doctor()
     except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)

@@ -35,6 +35,7 @@ HOMES = {
         "data/soma.py",
         "data/storage.py",
         "data/ingest.py",
+        "data/relayout.py",
         "data/writer.py",
         "data/synthetic.py",
         "data/synthetic_blocks.py",

@@ -46,8 +46,8 @@ from cellray.data.locate import local_path
 from cellray.data.measurements import check_measurements, join_cells, look_measurement
 from cellray.data.parts import PART_BLOCKS, Part, Spool
 from cellray.data.quality import CellFigures
-from cellray.data.sources import Source
 from cellray.data.remote_ingest import ingest_remote
+from cellray.data.sources import Source
 from cellray.data.staging import parts_of, staging
 
 __all__ = ["FileReport", "IngestConfig", "IngestReport", "MeasurementConfig", "ingest", "look_all"]

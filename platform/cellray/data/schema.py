@@ -95,7 +95,12 @@ def raw_sum(measurement: str) -> str:
 
 
 def x_options() -> dict[str, Any]:
-    """Creation options of X: tiles of 64 cells x all genes, capacity 65,536, zstd 3."""
+    """Creation options of X: tiles of 64 cells x all genes, capacity 65,536, zstd 3.
+
+    Chosen by measurement among 36 layouts (``tests/benchmarks/results/layout.json``): none read
+    shuffled runs of 64 cells faster by more than the noise of the machine. It reads them 2.1 times
+    as fast as the tiles and zstd 9 of the Census, and costs 4 % more bytes a cell.
+    """
     create = {
         "capacity": CAPACITY,
         "allows_duplicates": True,

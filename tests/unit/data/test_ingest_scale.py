@@ -1,5 +1,6 @@
 """Ingest in parts: the same store for any number of workers, and going on where one was killed."""
 
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from scipy import sparse
 
 from cellray.core.errors import DataError
 from cellray.data import parts as parts_module
+from cellray.data import schema
 from cellray.data.existing import stored_library_sizes, stored_medians, stored_sketch
 from cellray.data.ingest import IngestConfig, ingest
 from cellray.data.ingest_tasks import num_workers
@@ -46,6 +48,8 @@ def content(uri):
         x = experiment.ms["RNA"].X["raw"]
         assert x.nnz == sum(len(t) for t in x.read().tables())
         metadata = {k: v for k, v in experiment.metadata.items() if k.startswith("cellray")}
+        ledger = json.loads(metadata[schema.META_LEDGER])
+        metadata[schema.META_LEDGER] = [{**entry, "added_at": ""} for entry in ledger]
     return (
         dense(store.read_block(rows, every_gene), store.num_genes).tobytes(),
         store.obs().to_csv(),
