@@ -28,7 +28,7 @@ from cellray.train.prepare import (
     store_vocab,
     total_steps,
 )
-from cellray.train.tracked import fit_tracked
+from cellray.train.tracked import fit_tracked, pinned
 from cellray.train.tracking import Tracker, check_tracking, code_version, tracking_uri
 from cellray.train.trainer import RunDirectory, TrainResult, pick_device
 from cellray.train.worker import TrainJob, check_job
@@ -256,7 +256,9 @@ def finetune(
     uri = tracking_uri(run.tracking, run.checkpoint.dir)
     if run.tracking.enabled:
         check_tracking(uri)
-    prepared = prepared or prepare_finetune(run)
+    if prepared is None:
+        data = pinned(run.data, run.checkpoint, run.name)
+        prepared = prepare_finetune(run.model_copy(update={"data": data}))
     trained = fit_tracked(
         prepared.job,
         RunDirectory(run.checkpoint.dir, run.name),

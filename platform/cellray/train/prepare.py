@@ -25,6 +25,7 @@ from cellray.data.plan import EpochPlan, Plan, default_lanes, window_batches
 from cellray.data.soma import open_store
 from cellray.data.split import split_by
 from cellray.data.stats import check_coverage, coverage, nonzero_medians
+from cellray.data.storage import iso, now_ms
 from cellray.data.stores import AnyStore, JoinedStore, join_stores
 from cellray.data.tokens import TokenSource, tokenizer_unit
 from cellray.data.variable import GeneMoments, choose_variable
@@ -58,10 +59,12 @@ class Cells:
         store: where they are: one store, or several read as one.
         obs: one row a cell, sorted by ``soma_joinid`` (with several stores: the cell id), with the
             columns a run asked for.
+        timestamp: the moment at which the stores were looked at, ISO 8601.
     """
 
     store: AnyStore
     obs: pd.DataFrame
+    timestamp: str = ""
 
     @property
     def joinids(self) -> I64:
@@ -88,6 +91,7 @@ def select_cells(
     Raises:
         DataError: no such store, measurement, layer or column, a bad filter, or nothing selected.
     """
+    looked = data.timestamp or iso(now_ms())
     store = join_stores(
         [
             open_store(
@@ -122,7 +126,7 @@ def select_cells(
             f"{data.min_genes_per_cell}{held} selects none of the {store.num_cells} cells of "
             f"{store.uri}"
         )
-    return Cells(store, obs)
+    return Cells(store, obs, looked)
 
 
 def _without(obs: pd.DataFrame, column: str, values: Sequence[str]) -> pd.DataFrame:
@@ -278,6 +282,7 @@ class TrainingData:
         warnings: what the user should know, e.g. a poor gene match.
         fingerprint: SHA-256 over ids and counts of all selected cells.
         cache: folder of the token cache the run is to use, "" for none.
+        timestamp: the moment at which the stores were looked at, ISO 8601.
         mixing: the shuffle quality of the plan, for people.
     """
 
@@ -288,6 +293,7 @@ class TrainingData:
     warnings: list[str] = field(default_factory=list)
     fingerprint: str = ""
     cache: str = ""
+    timestamp: str = ""
     mixing: list[str] = field(default_factory=list)
 
 
@@ -363,6 +369,7 @@ def make_training_data(
         warnings=warnings,
         fingerprint=fingerprint,
         cache=data.cache,
+        timestamp=cells.timestamp,
         mixing=measure_mixing(plan, _labels(cells, train)).lines(),
     )
 

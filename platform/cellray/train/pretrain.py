@@ -21,7 +21,7 @@ from cellray.train.prepare import (
     total_steps,
     validation_mask,
 )
-from cellray.train.tracked import fit_tracked
+from cellray.train.tracked import fit_tracked, pinned
 from cellray.train.tracking import check_tracking, code_version, tracking_uri
 from cellray.train.trainer import RunDirectory, TrainResult, pick_device
 from cellray.train.worker import TrainJob, check_job
@@ -124,7 +124,8 @@ def pretrain(run: PretrainRun, say: Say) -> TrainResult:
     uri = tracking_uri(run.tracking, run.checkpoint.dir)
     if run.tracking.enabled:
         check_tracking(uri)
-    job = prepare_pretrain(run).job
+    data = pinned(run.data, run.checkpoint, run.name)
+    job = prepare_pretrain(run.model_copy(update={"data": data})).job
     return fit_tracked(
         job,
         RunDirectory(run.checkpoint.dir, run.name),

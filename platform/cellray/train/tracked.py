@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from cellray.train.config import TrackingSection
+from cellray.data.config import DataSection
+from cellray.train.config import CheckpointSection, TrackingSection
 from cellray.train.tracking import Tracker
 from cellray.train.trainer import RunDirectory, TrainResult, fit
 from cellray.train.worker import TrainJob
@@ -29,6 +30,18 @@ def _facts(job: TrainJob) -> dict[str, Any]:
         "vocab.num_genes": len(data.source.vocab),
         "train.total_steps": job.steps,
     }
+
+
+def pinned(data: DataSection, checkpoint: CheckpointSection, name: str) -> DataSection:
+    """The data section of a run that goes on: the stores as they were when it began.
+
+    What others have appended since is not seen, so that a run that was killed resumes on the same
+    cells. A run that names its own ``data.timestamp``, or begins anew, is left as it is.
+    """
+    if data.timestamp or checkpoint.resume == "never":
+        return data
+    began = RunDirectory(checkpoint.dir, name).read("snapshot.json").get("timestamp", "")
+    return data.model_copy(update={"timestamp": began})
 
 
 def fit_tracked(
@@ -56,6 +69,8 @@ def fit_tracked(
         "data": job.data.fingerprint,
     }
     began = run.enter(config, fingerprints, job.checkpoint.resume)
+    if not began:
+        run.write("snapshot.json", {"timestamp": job.data.timestamp})
     done = run.read("result.json")
     if began and done:
         say(f"{job.name}: already finished at step {done['step']}; nothing to do ({run.path})")
