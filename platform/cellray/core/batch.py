@@ -124,10 +124,7 @@ def _per_token(batch: CellBatch) -> dict[str, Tensor]:
     shape = batch.token_ids.shape
     names = ("token_ids", "values", "attention_mask", "targets", "target_mask", "unknown_mask")
     found = {name: getattr(batch, name) for name in names}
-    # A packed batch of B one-token cells has targets of (B,) either way; both readings agree.
-    return {
-        name: value for name, value in found.items() if value is not None and value.shape == shape
-    }
+    return {k: v for k, v in found.items() if v is not None and v.shape == shape}
 
 
 def pack(batch: CellBatch) -> CellBatch:
@@ -139,13 +136,15 @@ def pack(batch: CellBatch) -> CellBatch:
         return batch
     mask_BT = batch.attention_mask
     flat: dict[str, Any] = {name: value[mask_BT] for name, value in _per_token(batch).items()}
-    return replace(
-        batch, packing=Packing.of(mask_BT.sum(1).cpu().numpy()).to(mask_BT.device), **flat
-    )
+    packing = Packing.of(mask_BT.sum(1).cpu().numpy()).to(mask_BT.device)
+    return replace(batch, packing=packing, **flat)
 
 
 def unpack(batch: CellBatch, *, pad: int) -> CellBatch:
     """Pad the cells of a packed batch to the longest; a padded batch is given back as it is.
+
+    If every cell has one token, (B,) class targets cannot be told from targets per token, and both
+    become (B, 1).
 
     Args:
         batch: packed or padded.

@@ -184,10 +184,9 @@ class Geneformer(CellModel):
 def _packed_mean(hidden_PD: Tensor, genes_P: Tensor, packing: Packing) -> Tensor:
     """(B, D) mean over each cell's genes; over all its tokens where it has none."""
     rows_P, num_cells = packing.rows, len(packing.starts)
-    no_gene_B = (
-        genes_P.new_zeros(num_cells, dtype=torch.int64).index_add(0, rows_P, genes_P.long()) == 0
-    )
-    weights_P = (genes_P | no_gene_B[rows_P]).float()
+    per_gene_P = genes_P.float()
+    genes_B = per_gene_P.new_zeros(num_cells).index_add(0, rows_P, per_gene_P)
+    weights_P = (genes_P | (genes_B == 0)[rows_P]).float()
     counts_B = weights_P.new_zeros(num_cells).index_add(0, rows_P, weights_P)
     weighted_PD = hidden_PD * (weights_P / counts_B[rows_P])[:, None]
     return weighted_PD.new_zeros(num_cells, hidden_PD.shape[1]).index_add(0, rows_P, weighted_PD)
