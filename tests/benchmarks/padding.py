@@ -55,9 +55,9 @@ def main() -> None:
     """Print one line per form."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", nargs="?", default="scgpt")
-    parser.add_argument("cells_step", nargs="?", type=int, default=64)
-    parser.add_argument("cells_micro", nargs="?", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("cells_step", nargs="?", type=int, default=32)
+    parser.add_argument("cells_micro", nargs="?", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
     tokens, vocab, objective, model = demo(args.family)
     slots, real, seconds = (np.zeros((len(FORMS), args.steps + 1)) for _ in range(3))
