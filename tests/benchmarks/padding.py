@@ -29,7 +29,7 @@ from cellray.train.loop import Collator
 from cellray.train.worker import build_objective
 
 PANCREAS = Path(__file__).parents[1] / "data" / "pancreas" / "human1.h5ad"
-MAX_TOKENS = 1024
+MAX_TOKENS = 3000
 FORMS = ("padded, unbucketed", "padded, by length", "packed")
 SIZES = {"width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 128, "dropout": 0.0}
 
@@ -55,9 +55,9 @@ def main() -> None:
     """Print one line per form."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", nargs="?", default="scgpt")
-    parser.add_argument("cells_step", nargs="?", type=int, default=32)
-    parser.add_argument("cells_micro", nargs="?", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("cells_step", nargs="?", type=int, default=16)
+    parser.add_argument("cells_micro", nargs="?", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args()
     tokens, vocab, objective, model = demo(args.family)
     slots, real, seconds = (np.zeros((len(FORMS), args.steps + 1)) for _ in range(3))

@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         packing: Packing | None = None,
         num_layers: int | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D), or packed (P, D), through the first ``num_layers`` or all blocks."""
+        """(B, T, D) -> (B, T, D), or packed (P, D); ``num_layers`` None takes every block."""
         for block in self.blocks[:num_layers]:
             hidden_BTD = block(hidden_BTD, keys_BT, unknown_BT, packing)
         return hidden_BTD
