@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cellray.core import registry
-from cellray.core.batch import CellBatch
+from cellray.core.batch import CellBatch, pack, unpack
 from cellray.core.draw import Draw
 from cellray.core.section import build_section, to_dict
 from cellray.data.collate import collate_tokens
@@ -30,6 +30,7 @@ from cellray.models.base import (
 )
 from cellray.objectives.base import Objective
 from cellray.testing import random_block
+from cellray.train.loop import Collator
 
 FAMILIES = registry.names("cellray.models")
 NUM_GENES = 50
@@ -180,6 +181,106 @@ def test_predictions_do_not_depend_on_batch_mates(small):
     for name, value in one.items():
         mine = all_of_them[name][before : before + alone.num_targets]
         torch.testing.assert_close(mine, value, atol=2e-6, rtol=1e-5)
+
+
+# Cells of 20 and of 45 genes; the empty cell of `with_empty` has none.
+MIXED = [9, 0, 3, 8, 5]
+
+
+def with_empty(small: Small) -> CellBatch:
+    some = random_block(6, num_genes=NUM_GENES, genes_per_cell=20, seed=0)
+    indptr = np.concatenate([some.indptr[:3], some.indptr[2:]])  # an empty cell after two
+    sizes = np.insert(some.library_sizes, 2, 0.0)
+    block = replace(some, joinids=np.arange(7), indptr=indptr, library_sizes=sizes)
+    tokens = small.tokenize(block, Draw(0))
+    return collate_tokens(tokens, pad=small.vocab.pad)
+
+
+@pytest.mark.parametrize("step", [0, 10**6])
+def test_a_packed_batch_is_hidden_like_the_padded_one(small, step):
+    for padded in (small.batch(MIXED, step), with_empty(small)):
+        want = pack(small.objective.corrupt(padded, Draw(0)))
+        got = small.objective.corrupt(pack(padded), Draw(0))
+        for name in ("token_ids", "values", "target_mask", "unknown_mask"):
+            one, two = getattr(got, name), getattr(want, name)
+            assert (one is None and two is None) or torch.equal(one, two), name
+        assert torch.equal(got.targets[got.target_mask], want.targets[want.target_mask])
+        assert got.num_targets > 0
+        assert got.cell_prompt == want.cell_prompt
+
+
+@pytest.mark.parametrize("extra", [{}, {"gen_out_proj": False, "cell_embedding": "cls"}])
+@pytest.mark.parametrize("step", [0, 10**6])
+def test_a_packed_batch_gives_the_outputs_loss_and_gradients_of_the_padded_one(small, step, extra):
+    small = Small(small.unit.name, dropout=0.0, **extra)
+    for batch in (small.batch(MIXED, step), with_empty(small)):
+        padded = small.objective.corrupt(batch, Draw(0))
+        results = []
+        for one in (padded, small.objective.corrupt(pack(batch), Draw(0))):
+            model = small.model().train()
+            output = model(one)
+            loss = small.objective.loss(output, one)
+            loss.total.backward()
+            results.append((output, loss, dict(model.named_parameters())))
+        (want, want_loss, want_weights), (got, got_loss, got_weights) = results
+        close = {"atol": 1e-5, "rtol": 1e-5}
+        torch.testing.assert_close(got.hidden, want.hidden[padded.attention_mask], **close)
+        torch.testing.assert_close(got.cell, want.cell, **close)
+        assert got.predictions.keys() == want.predictions.keys()
+        for name, value in want.predictions.items():
+            torch.testing.assert_close(got.predictions[name], value, **close)
+        assert got_loss.num_targets == want_loss.num_targets
+        torch.testing.assert_close(got_loss.total, want_loss.total, atol=0, rtol=1e-5)
+        for name, weight in want_weights.items():
+            if weight.grad is not None:
+                scale = float(weight.grad.abs().max())
+                torch.testing.assert_close(
+                    got_weights[name].grad, weight.grad, atol=1e-5 * max(scale, 1.0), rtol=1e-4
+                )
+
+
+def test_capabilities_and_classes_of_a_packed_batch_are_those_of_the_padded_one(small):
+    padded = small.batch(MIXED)
+    packed = pack(padded)
+    assert torch.equal(unpack(packed, pad=small.vocab.pad).token_ids, padded.token_ids)
+    model = small.model().eval()
+    classifier = small.model(num_classes=3).eval()
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    with torch.no_grad():
+        one, two = classifier(packed).predictions, classifier(padded).predictions
+        torch.testing.assert_close(one["class_logits"], two["class_logits"], **close)
+        for name in ("embed_cells", "predict_expression", "attention"):
+            if hasattr(model, name):
+                ask = getattr(model, name)
+                torch.testing.assert_close(ask(packed), ask(padded), **close)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cutting_a_step_by_length_changes_no_loss_and_no_gradient(small, packed):
+    small = Small(small.unit.name, dropout=0.0)
+    block = replace(random_block(12, num_genes=NUM_GENES, genes_per_cell=20, seed=3))
+    starts = block.indptr[:-1]
+    keep = np.arange(1, 13)[::-1] + 6  # lengths 18 .. 7, longest first
+    source = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, keep, strict=True)])
+    indptr = np.concatenate([[0], np.cumsum(keep)])
+    block = replace(block, indptr=indptr, genes=block.genes[source], counts=block.counts[source])
+    tokens = small.tokenize(block, Draw(0))
+    sums = []
+    for cells_micro, form in ((12, False), (3, packed)):
+        collator = Collator(small.objective, small.vocab.pad, cells_micro, seed=0, packed=form)
+        model = small.model().train()
+        losses = []
+        for batch in collator(tokens, {}, epoch=0):
+            loss = small.objective.loss(model(batch), batch)
+            loss.total.backward()
+            losses.append(loss)
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+        total = sum(float(loss.total.detach()) for loss in losses)
+        sums.append((total, sum(x.num_targets for x in losses), norm))
+    (want, want_count, want_norm), (got, got_count, got_norm) = sums
+    assert got_count == want_count > 0
+    assert got == pytest.approx(want, rel=1e-6)
+    torch.testing.assert_close(got_norm, want_norm, atol=1e-5, rtol=1e-4)
 
 
 def test_the_order_of_cells_makes_no_difference(small):

@@ -1,6 +1,10 @@
 """A mini-batch as the model sees it, and what the model gives back.
 
-Legend: B cells in a batch, T tokens per cell (padded to the longest of the batch), D width.
+A batch is padded (every cell as long as the longest) or packed (the cells end to end, no padding):
+one class, because objectives and models differ between the two only where tokens of a cell meet.
+
+Legend: B cells in a batch, T tokens per cell (padded to the longest of the batch), P tokens of all
+cells of a packed batch, D width.
 """
 
 from __future__ import annotations
@@ -11,16 +15,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["CellBatch", "ModelOutput"]
+from cellray.core.packing import Packing
+
+__all__ = ["CellBatch", "ModelOutput", "pack", "unpack"]
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True)
 class CellBatch:
-    """B padded cells with what an objective added to them.
+    """B cells with what an objective added to them.
 
-    Shapes:
+    Shapes (in a packed batch P stands for (B, T), and ``packing`` says where each cell lies):
         cell_ids: (B,) int64 joinids.
         token_ids: (B, T) int64; padding holds the vocabulary's pad id.
         values: (B, T) float32; what the family's tokenizer put beside each token.
@@ -31,6 +37,8 @@ class CellBatch:
         covariates: name -> (B,) int64 codes (batch, modality, perturbation, label ...).
         step: the optimizer step the batch belongs to; 0 outside training.
         cell_prompt: ask a generative model for a second pass prompted by the cell embedding.
+        packing: where the cells of a packed batch lie; None in a padded batch. A packed batch has
+            no padding: its ``attention_mask`` is True everywhere.
     """
 
     cell_ids: Tensor
@@ -43,6 +51,7 @@ class CellBatch:
     covariates: Mapping[str, Tensor] = field(default_factory=dict)
     step: int = 0
     cell_prompt: bool = False
+    packing: Packing | None = None
 
     def __len__(self) -> int:
         return int(self.cell_ids.shape[0])
@@ -57,6 +66,32 @@ class CellBatch:
         """Tokens that are not padding."""
         return int(self.attention_mask.sum())
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest cell (T of a padded batch)."""
+        return int(self.token_ids.shape[1]) if self.packing is None else self.packing.max_length
+
+    def token_rows(self) -> Tensor:
+        """Number in the batch of every token's cell, int64 of ``token_ids``' shape."""
+        if self.packing is not None:
+            return self.packing.rows
+        rows_B = torch.arange(len(self), device=self.token_ids.device)
+        return rows_B[:, None].expand(self.token_ids.shape)
+
+    def first_tokens(self, hidden: Tensor) -> Tensor:
+        """What a (B, T, D) or (P, D) tensor holds at the first token of every cell, (B, D)."""
+        return hidden[:, 0] if self.packing is None else hidden[self.packing.starts]
+
+    def with_first_tokens(self, hidden: Tensor, first_BD: Tensor) -> Tensor:
+        """A (B, T, D) or (P, D) tensor with other first tokens."""
+        if self.packing is None:
+            return torch.cat([first_BD[:, None], hidden[:, 1:]], dim=1)
+        return hidden.index_copy(0, self.packing.starts, first_BD)
+
+    def to_tokens(self, cells_BD: Tensor) -> Tensor:
+        """A vector per cell laid beside its tokens: (B, 1, D), which broadcasts, or (P, D)."""
+        return cells_BD[:, None] if self.packing is None else cells_BD[self.packing.rows]
+
     def to(self, device: torch.device | str) -> CellBatch:
         """The same batch on ``device``."""
         moved: dict[str, Any] = {
@@ -65,7 +100,8 @@ class CellBatch:
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
         covariates = {k: v.to(device, non_blocking=True) for k, v in self.covariates.items()}
-        return replace(self, covariates=covariates, **moved)
+        packing = None if self.packing is None else self.packing.to(device)
+        return replace(self, covariates=covariates, packing=packing, **moved)
 
 
 @dataclass(frozen=True)
@@ -73,7 +109,7 @@ class ModelOutput:
     """What a forward pass gives.
 
     Shapes:
-        hidden: (B, T, D) last hidden states.
+        hidden: (B, T, D) last hidden states; (P, D) of a packed batch.
         cell: (B, D) cell embedding used for training heads.
         predictions: name -> tensor; each objective names the prediction it reads.
     """
@@ -81,3 +117,45 @@ class ModelOutput:
     hidden: Tensor
     cell: Tensor
     predictions: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _per_token(batch: CellBatch) -> dict[str, Tensor]:
+    """The fields that hold something for every token, by name; class targets are none of them."""
+    shape = batch.token_ids.shape
+    names = ("token_ids", "values", "attention_mask", "targets", "target_mask", "unknown_mask")
+    found = {name: getattr(batch, name) for name in names}
+    return {k: v for k, v in found.items() if v is not None and v.shape == shape}
+
+
+def pack(batch: CellBatch) -> CellBatch:
+    """Lay the cells of a padded batch end to end; a packed batch is given back as it is.
+
+    The inverse of :func:`unpack` for a batch padded to its longest cell with that pad id.
+    """
+    if batch.packing is not None:
+        return batch
+    mask_BT = batch.attention_mask
+    flat: dict[str, Any] = {name: value[mask_BT] for name, value in _per_token(batch).items()}
+    packing = Packing.of(mask_BT.sum(1).cpu().numpy()).to(mask_BT.device)
+    return replace(batch, packing=packing, **flat)
+
+
+def unpack(batch: CellBatch, *, pad: int) -> CellBatch:
+    """Pad the cells of a packed batch to the longest; a padded batch is given back as it is.
+
+    If every cell has one token, (B,) class targets cannot be told from targets per token, and both
+    become (B, 1).
+
+    Args:
+        batch: packed or padded.
+        pad: token id of ``<pad>``; values and masks are 0 and False at padding.
+    """
+    packing = batch.packing
+    if packing is None:
+        return batch
+    padded: dict[str, Any] = {}
+    for name, flat in _per_token(batch).items():
+        fill = pad if flat.dtype == torch.int64 else 0
+        padded[name] = flat.new_full((len(batch), packing.max_length), fill)
+        padded[name][packing.rows, packing.positions] = flat
+    return replace(batch, packing=None, **padded)

@@ -18,7 +18,7 @@ import torch
 from cellray.core.batch import CellBatch
 from cellray.core.blocks import CellBlock, TokenBlock
 from cellray.core.errors import CheckpointError, DataError
-from cellray.data.collate import collate_tokens
+from cellray.data.collate import collate_tokens, take_tokens
 from cellray.data.tokens import make_tokenizer, tokenise_content
 from cellray.data.vocab import Vocab
 from cellray.models.base import CellClassifier, CellModel, EmbedsCells
@@ -233,15 +233,6 @@ class LoadedModel:
         return pd.DataFrame(
             {"label": labels, "probability": probabilities.max(axis=1)}, index=adata.obs_names
         )
-
-
-def take_tokens(tokens: TokenBlock, rows: npt.NDArray[np.int64]) -> TokenBlock:
-    """The cells at ``rows`` of a token block, in that order."""
-    lengths = np.diff(tokens.indptr)[rows]
-    indptr = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=indptr[1:])
-    source = np.arange(indptr[-1]) + np.repeat(tokens.indptr[:-1][rows] - indptr[:-1], lengths)
-    return TokenBlock(tokens.joinids[rows], indptr, tokens.tokens[source], tokens.values[source])
 
 
 def load(path: str) -> LoadedModel:

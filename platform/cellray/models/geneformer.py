@@ -16,8 +16,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from cellray.core.batch import CellBatch, ModelOutput
+from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError
+from cellray.core.packing import Packing
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.embeddings import RankedEmbedding
@@ -119,6 +120,7 @@ class Geneformer(CellModel):
         self.apply(init_bert)
         ends = [vocab.specials[name] for name in ("<cls>", "<eos>") if name in vocab.specials]
         self._end_tokens = ends
+        self._pad = vocab.pad
         self._gene_tokens = torch.tensor(vocab.gene_tokens.tolist(), device="cpu")
 
     def forward(self, batch: CellBatch) -> ModelOutput:
@@ -144,31 +146,50 @@ class Geneformer(CellModel):
 
     def attention(self, batch: CellBatch, layer: int = -1) -> Tensor:
         """Attention weights of one layer, (B, H, T, T) float32, 0 at padding."""
+        batch = unpack(batch, pad=self._pad)
         embedded_BTD = self.embedding(batch.token_ids)
         return self.encoder.probabilities(embedded_BTD, batch.attention_mask, layer=layer)
 
     def _encode(self, batch: CellBatch, num_layers: int) -> Tensor:
-        length = batch.token_ids.shape[1]
+        length = batch.longest
         if length > self.num_positions:
             raise ConfigError(
                 f"a cell of {length} tokens does not fit into {self.num_positions} positions; "
                 "lower tokenizer.max_tokens or raise model.max_positions"
             )
+        packing = batch.packing
+        positions_P = None if packing is None else packing.positions
         hidden_BTD: Tensor = self.encoder(
-            self.embedding(batch.token_ids), batch.attention_mask, num_layers=num_layers
+            self.embedding(batch.token_ids, positions_P),
+            batch.attention_mask,
+            packing=packing,
+            num_layers=num_layers,
         )
         return hidden_BTD
 
     def _pool(self, hidden_BTD: Tensor, batch: CellBatch) -> Tensor:
         """(B, D) first token, or mean over gene tokens (over all tokens where there is no gene)."""
         if self.config.cell_embedding == "cls":
-            return hidden_BTD[:, 0]
+            return batch.first_tokens(hidden_BTD)
         genes_BT = batch.attention_mask
         for token in self._end_tokens:
             genes_BT = genes_BT & (batch.token_ids != token)
+        if batch.packing is not None:
+            return _packed_mean(hidden_BTD, genes_BT, batch.packing)
         genes_BT = torch.where(genes_BT.any(1, keepdim=True), genes_BT, batch.attention_mask)
         weights_BT = genes_BT / genes_BT.sum(1, keepdim=True)
         return (hidden_BTD * weights_BT[..., None]).sum(1)
+
+
+def _packed_mean(hidden_PD: Tensor, genes_P: Tensor, packing: Packing) -> Tensor:
+    """(B, D) mean over each cell's genes; over all its tokens where it has none."""
+    rows_P, num_cells = packing.rows, len(packing.starts)
+    per_gene_P = genes_P.float()
+    genes_B = per_gene_P.new_zeros(num_cells).index_add(0, rows_P, per_gene_P)
+    weights_P = (genes_P | (genes_B == 0)[rows_P]).float()
+    counts_B = weights_P.new_zeros(num_cells).index_add(0, rows_P, weights_P)
+    weighted_PD = hidden_PD * (weights_P / counts_B[rows_P])[:, None]
+    return weighted_PD.new_zeros(num_cells, hidden_PD.shape[1]).index_add(0, rows_P, weighted_PD)
 
 
 def _build(config: GeneformerConfig, context: BuildContext) -> Geneformer:

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from cellray.core.batch import CellBatch, ModelOutput
+from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
@@ -108,6 +108,7 @@ class Scgpt(CellModel):
         self.expression_from_cell = CellGeneDecoder(config.width)
         self.apply(init_transformer)
         nn.init.uniform_(self.genes.table.weight, -_TABLE_RANGE, _TABLE_RANGE)
+        self._pad = vocab.pad
         self._gene_tokens = torch.tensor(vocab.gene_tokens.tolist(), device="cpu")
 
     def forward(self, batch: CellBatch) -> ModelOutput:
@@ -119,20 +120,20 @@ class Scgpt(CellModel):
         """
         genes_BTD = self.genes(batch.token_ids)
         embedded_BTD = self._embed(batch, genes_BTD)
-        hidden_BTD = self.encoder(embedded_BTD, batch.attention_mask, batch.unknown_mask)
-        cell_BD = hidden_BTD[:, 0]
+        hidden_BTD = self._encode(batch, embedded_BTD)
+        cell_BD = batch.first_tokens(hidden_BTD)
         predictions: dict[str, Tensor] = {}
         where = batch.target_mask
         if where is not None:
-            rows_M = where.nonzero()[:, 0]
+            rows_M = batch.token_rows()[where]
             predictions["expression"] = self.expression(hidden_BTD[where])
             predictions["expression_from_cell"] = self.expression_from_cell(
                 genes_BTD[where], cell_BD[rows_M]
             )
             if batch.cell_prompt:
-                prompt_B1D = cell_BD.detach()[:, None].to(embedded_BTD.dtype)
-                prompted_BTD = torch.cat([prompt_B1D, embedded_BTD[:, 1:]], dim=1)
-                second_BTD = self.encoder(prompted_BTD, batch.attention_mask, batch.unknown_mask)
+                prompt_BD = cell_BD.detach().to(embedded_BTD.dtype)
+                prompted_BTD = batch.with_first_tokens(embedded_BTD, prompt_BD)
+                second_BTD = self._encode(batch, prompted_BTD)
                 predictions["expression_cell_prompt"] = self.expression(second_BTD[where])
         return ModelOutput(hidden=hidden_BTD, cell=cell_BD, predictions=predictions)
 
@@ -164,9 +165,15 @@ class Scgpt(CellModel):
 
     def attention(self, batch: CellBatch, layer: int = -1) -> Tensor:
         """Attention weights of one layer with every value known, (B, H, T, T) float32."""
-        bare = replace(batch, unknown_mask=None)
+        bare = replace(unpack(batch, pad=self._pad), unknown_mask=None)
         embedded_BTD = self._embed(bare, self.genes(bare.token_ids))
         return self.encoder.probabilities(embedded_BTD, bare.attention_mask, layer=layer)
+
+    def _encode(self, batch: CellBatch, embedded_BTD: Tensor) -> Tensor:
+        hidden_BTD: Tensor = self.encoder(
+            embedded_BTD, batch.attention_mask, batch.unknown_mask, packing=batch.packing
+        )
+        return hidden_BTD
 
     def _embed(self, batch: CellBatch, genes_BTD: Tensor) -> Tensor:
         """Gene + (value or flag) + condition, (B, T, D)."""
@@ -185,7 +192,7 @@ class Scgpt(CellModel):
                 f"{sorted(batch.covariates)}; add '{name}' to data.covariates"
             )
         condition_BD: Tensor = self.condition(batch.covariates[name])
-        return embedded_BTD + condition_BD[:, None]
+        return embedded_BTD + batch.to_tokens(condition_BD)
 
 
 def _build(config: ScgptConfig, context: BuildContext) -> Scgpt:

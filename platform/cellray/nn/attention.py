@@ -1,6 +1,6 @@
 """Exact multi-head attention: over a cell's tokens, and scGPT's generative block form.
 
-Legend: B cells, T tokens, H heads, K width of a head, D width (H * K).
+Legend: B cells, T tokens, H heads, K width of a head, D width (H * K), P tokens of a packed batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import math
 import torch
 from torch import nn
 from torch.nn import functional
+
+from cellray.core.packing import Packing
 
 __all__ = ["SelfAttention", "attention_probabilities", "generative_attention", "padded_attention"]
 
@@ -123,20 +125,46 @@ class SelfAttention(nn.Module):
         return q, k, v
 
     def forward(
-        self, hidden_BTD: Tensor, keys_BT: Tensor, unknown_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        keys_BT: Tensor,
+        unknown_BT: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D); with ``unknown_BT`` the generative form."""
-        q, k, v = self.heads(hidden_BTD)
+        """(B, T, D) -> (B, T, D), or (P, D) -> (P, D); with ``unknown_BT`` the generative form."""
+        if packing is None:
+            mixed_BTD = self._mix(*self.heads(hidden_BTD), keys_BT, unknown_BT)
+        else:
+            mixed_BTD = self._mix_packed(hidden_BTD, unknown_BT, packing)
+        out_BTD: Tensor = self.out(mixed_BTD)
+        if unknown_BT is None or self.project_unknown:
+            return out_BTD
+        return torch.where(unknown_BT[..., None], mixed_BTD.to(out_BTD.dtype), out_BTD)
+
+    def _mix(
+        self, q: Tensor, k: Tensor, v: Tensor, keys_BT: Tensor, unknown_BT: Tensor | None
+    ) -> Tensor:
+        """Values of a cell's tokens weighed by attention, (B, T, D)."""
         dropout = self.dropout if self.training else 0.0
         if unknown_BT is None:
             mixed = padded_attention(q, k, v, keys_BT, dropout=dropout)
         else:
             mixed = generative_attention(q, k, v, keys_BT, unknown_BT, dropout=dropout)
-        mixed_BTD = mixed.transpose(1, 2).reshape(hidden_BTD.shape)
-        out_BTD: Tensor = self.out(mixed_BTD)
-        if unknown_BT is None or self.project_unknown:
-            return out_BTD
-        return torch.where(unknown_BT[..., None], mixed_BTD.to(out_BTD.dtype), out_BTD)
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _mix_packed(self, hidden_PD: Tensor, unknown_P: Tensor | None, packing: Packing) -> Tensor:
+        """The same over packed cells, (P, D), one call for each group of cells of like length.
+
+        Projections see no padding; only inside a group is a cell filled up, by less than a fifth.
+        """
+        split_P3HK = self.qkv(hidden_PD).view(len(hidden_PD), 3, self.num_heads, -1)
+        parts = []
+        for group in packing.groups:
+            q, k, v = split_P3HK[group.tokens_bt].permute(2, 0, 3, 1, 4).unbind(0)
+            unknown_bt = None if unknown_P is None else unknown_P[group.tokens_bt]
+            mixed_btD = self._mix(q, k, v, group.real_bt, unknown_bt)
+            parts.append(mixed_btD[group.real_bt])
+        return torch.cat(parts)[packing.restore]
 
     def probabilities(self, hidden_BTD: Tensor, keys_BT: Tensor) -> Tensor:
         """Attention weights without dropout, (B, H, T, T) float32."""

@@ -1,6 +1,7 @@
 """The post-norm transformer encoder that Geneformer and scGPT share.
 
-Legend: B cells, T tokens, H heads, D width, F inner width of the feed-forward layer.
+Legend: B cells, T tokens, H heads, D width, F inner width of the feed-forward layer, P tokens of
+a packed batch.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from cellray.core.packing import Packing
 from cellray.nn.attention import SelfAttention
 
 __all__ = ["Activation", "BlockSpec", "Encoder", "EncoderBlock"]
@@ -67,10 +69,14 @@ class EncoderBlock(nn.Module):
         self.dropout = nn.Dropout(spec.dropout)
 
     def forward(
-        self, hidden_BTD: Tensor, keys_BT: Tensor, unknown_BT: Tensor | None = None
+        self,
+        hidden_BTD: Tensor,
+        keys_BT: Tensor,
+        unknown_BT: Tensor | None = None,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D)."""
-        mixed_BTD = self.attention(hidden_BTD, keys_BT, unknown_BT)
+        """(B, T, D) -> (B, T, D), or packed (P, D) -> (P, D)."""
+        mixed_BTD = self.attention(hidden_BTD, keys_BT, unknown_BT, packing)
         hidden_BTD = self.attention_norm(hidden_BTD + self.dropout(mixed_BTD))
         inner_BTF = self.inner_dropout(self.activation(self.expand(hidden_BTD)))
         out_BTD: Tensor = self.ffn_norm(hidden_BTD + self.dropout(self.contract(inner_BTF)))
@@ -95,11 +101,12 @@ class Encoder(nn.Module):
         keys_BT: Tensor,
         unknown_BT: Tensor | None = None,
         *,
+        packing: Packing | None = None,
         num_layers: int | None = None,
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D) through the first ``num_layers`` blocks, all by default."""
+        """(B, T, D) -> (B, T, D), or packed (P, D); ``num_layers`` None takes every block."""
         for block in self.blocks[:num_layers]:
-            hidden_BTD = block(hidden_BTD, keys_BT, unknown_BT)
+            hidden_BTD = block(hidden_BTD, keys_BT, unknown_BT, packing)
         return hidden_BTD
 
     def probabilities(self, hidden_BTD: Tensor, keys_BT: Tensor, *, layer: int) -> Tensor:

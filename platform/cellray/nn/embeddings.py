@@ -43,9 +43,10 @@ class RankedEmbedding(nn.Module):
         self.norm = nn.LayerNorm(width, eps=layer_norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, token_ids_BT: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, D)."""
-        positions_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
+    def forward(self, token_ids_BT: Tensor, positions_T: Tensor | None = None) -> Tensor:
+        """(B, T) int64 -> (B, T, D), or packed (P,) with its (P,) positions -> (P, D)."""
+        if positions_T is None:
+            positions_T = torch.arange(token_ids_BT.shape[1], device=token_ids_BT.device)
         types_T = torch.zeros_like(positions_T)
         places_TD = self.position(positions_T) + self.token_type(types_T)
         embedded_BTD: Tensor = self.dropout(self.norm(self.token(token_ids_BT) + places_TD))

@@ -26,7 +26,7 @@ def is_gene_table(vocab: Vocab) -> npt.NDArray[np.bool_]:
 
 
 def gene_positions(batch: CellBatch, is_gene: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """(B, T) True at real tokens that are genes."""
+    """(B, T), or packed (P,): True at real tokens that are genes."""
     where: npt.NDArray[np.bool_] = is_gene[batch.token_ids.numpy()] & batch.attention_mask.numpy()
     return where
 

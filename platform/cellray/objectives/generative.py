@@ -74,7 +74,10 @@ class Generative:
     is_gene: npt.NDArray[np.bool_]
 
     def corrupt(self, batch: CellBatch, draw: Draw) -> CellBatch:
-        """Hide values; targets are the true values, (B, T) float32, and hidden ones become 0."""
+        """Hide values; targets are the true values; hidden ones become 0.
+
+        ``targets`` are (B, T) float32, or (P,) of a packed batch.
+        """
         genes = gene_positions(batch, self.is_gene)
         unknown = torch.from_numpy(self._choose(batch, genes, draw))
         return replace(
@@ -89,19 +92,21 @@ class Generative:
     def _choose(
         self, batch: CellBatch, genes: npt.NDArray[np.bool_], draw: Draw
     ) -> npt.NDArray[np.bool_]:
-        """(B, T) True at the genes with the smallest keyed draws of their cell."""
+        """Of ``token_ids``' shape, True at the genes with the smallest draws of their cell."""
         cells = batch.cell_ids.numpy()
+        places = np.flatnonzero(genes)
+        rows = batch.token_rows().numpy().reshape(-1)[places]
         ratios = np.array(self.config.mask_ratios)
         pick = draw.uniform("generative.ratio", cells) * len(ratios)
-        lengths = genes.sum(axis=1)
+        lengths = np.bincount(rows, minlength=len(cells))
         wanted = np.floor(ratios[pick.astype(np.int64)] * lengths + 0.5).astype(np.int64)
         wanted = np.minimum(np.maximum(wanted, 1), lengths)
-        keys = draw.uniform("generative.genes", cells[:, None], batch.token_ids.numpy())
-        keys[~genes] = 2.0  # after every gene
-        order = np.argsort(keys, axis=1, kind="stable")
+        tokens = batch.token_ids.numpy().reshape(-1)[places]
+        keys = draw.uniform("generative.genes", cells[rows], tokens)
+        order = np.lexsort((keys, rows))  # stable, cell by cell
+        rank = np.arange(len(places)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         unknown = np.zeros(genes.shape, dtype=bool)
-        first = np.arange(genes.shape[1]) < wanted[:, None]
-        np.put_along_axis(unknown, order, first, axis=1)
+        unknown.reshape(-1)[places[order[rank < wanted[rows]]]] = True
         return unknown
 
     def loss(self, output: ModelOutput, batch: CellBatch) -> Loss:

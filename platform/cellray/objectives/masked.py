@@ -71,23 +71,23 @@ class Masked:
     is_gene: npt.NDArray[np.bool_]
 
     def corrupt(self, batch: CellBatch, draw: Draw) -> CellBatch:
-        """Select and hide genes; targets are the true token ids, (B, T) int64."""
-        rows, columns = np.nonzero(gene_positions(batch, self.is_gene))
-        tokens = batch.token_ids.numpy()[rows, columns]
-        cells = batch.cell_ids.numpy()[rows]
+        """Select and hide genes; targets are the true token ids, (B, T) or packed (P,) int64."""
+        places = np.flatnonzero(gene_positions(batch, self.is_gene))
+        tokens = batch.token_ids.numpy().reshape(-1)[places]
+        cells = batch.cell_ids.numpy()[batch.token_rows().numpy().reshape(-1)[places]]
         chosen = draw.uniform("masked.select", cells, tokens) < self.config.fraction
-        rows, columns, tokens, cells = rows[chosen], columns[chosen], tokens[chosen], cells[chosen]
+        places, tokens, cells = places[chosen], tokens[chosen], cells[chosen]
         action = draw.uniform("masked.action", cells, tokens)
         replaced = draw.uniform("masked.token", cells, tokens) * len(self.gene_tokens)
         random = self.gene_tokens[replaced.astype(np.int64)]
         to_mask = action < self.config.mask_fraction
         to_random = ~to_mask & (action < self.config.mask_fraction + self.config.random_fraction)
         hidden = batch.token_ids.numpy().copy()
-        hidden[rows, columns] = np.where(
+        hidden.reshape(-1)[places] = np.where(
             to_mask, self.mask_token, np.where(to_random, random, tokens)
         )
         selected = np.zeros(hidden.shape, dtype=bool)
-        selected[rows, columns] = True
+        selected.reshape(-1)[places] = True
         return replace(
             batch,
             token_ids=torch.from_numpy(hidden),

@@ -50,10 +50,13 @@ class BatchSection(Section):
         cells_global: cells of one optimizer step over all workers.
         cells_micro: cells of one forward pass on one worker; gradients accumulate over
             ``cells_global / (cells_micro x workers)`` passes.
+        packing: ``padded`` fills cells up to the longest of their pass; ``packed`` lays them end to
+            end and computes nothing on padding. Losses and gradients are equal up to rounding.
     """
 
     cells_global: int = Field(default=32, ge=1)
     cells_micro: int = Field(default=16, ge=1)
+    packing: Literal["padded", "packed"] = "padded"
 
 
 class TrainSection(Section):

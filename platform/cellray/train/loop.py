@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cellray.core.batch import CellBatch
 from cellray.core.blocks import TokenBlock
 from cellray.core.draw import Draw
-from cellray.data.collate import collate_tokens
+from cellray.data.collate import collate_packed, collate_tokens, take_tokens
 from cellray.objectives.base import Objective
 from cellray.train.config import OptimSection, TrainSection
 from cellray.train.engine import Engine, StepStats, global_sum
@@ -90,19 +90,24 @@ def prefetch(items: Iterable[T], *, depth: int = 2) -> Iterator[T]:
 
 @dataclass(frozen=True)
 class Collator:
-    """Cuts a rank's cells of a step into padded, corrupted micro-batches.
+    """Cuts a rank's cells of a step into corrupted micro-batches of cells of like length.
+
+    Losses are sums over the step's cells, so which micro-batch a cell is in changes no loss and no
+    gradient, but sorted by length the cells need less padding.
 
     Attributes:
         objective: hides what is to be predicted.
         pad: token id of ``<pad>``.
         cells_micro: cells of a micro-batch.
         seed: the run's seed.
+        packed: lay cells end to end instead of padding them.
     """
 
     objective: Objective
     pad: int
     cells_micro: int
     seed: int
+    packed: bool = False
 
     def __call__(
         self,
@@ -112,20 +117,18 @@ class Collator:
         epoch: int,
         step: int = 0,
     ) -> list[CellBatch]:
-        """Micro-batches in the block's order."""
+        """Micro-batches, the shortest cells first; cells of equal length in the block's order."""
+        collate = collate_packed if self.packed else collate_tokens
+        order = np.arange(len(block))
+        if len(block) > self.cells_micro:
+            order = np.argsort(np.diff(block.indptr), kind="stable")
         draw = Draw(self.seed, epoch)
         batches = []
         for start in range(0, len(block), self.cells_micro):
-            rows = slice(start, min(start + self.cells_micro, len(block)))
-            first, last = block.indptr[rows.start], block.indptr[rows.stop]
-            part = TokenBlock(
-                joinids=block.joinids[rows],
-                indptr=block.indptr[rows.start : rows.stop + 1] - first,
-                tokens=block.tokens[first:last],
-                values=block.values[first:last],
-            )
+            rows = order[start : start + self.cells_micro]
             codes = {name: c[rows] for name, c in covariates.items()}
-            batch = collate_tokens(part, pad=self.pad, covariates=codes, step=step)
+            part = take_tokens(block, rows)
+            batch = collate(part, pad=self.pad, covariates=codes, step=step)
             batches.append(self.objective.corrupt(batch, draw))
         return batches
 

@@ -163,7 +163,13 @@ class _Worker:
             torch.set_num_threads(threads or max(1, share))
         self.vocab = job.data.source.vocab
         self.objective = build_objective(job.manifest.objective, self.vocab)
-        self.collator = Collator(self.objective, self.vocab.pad, job.batch.cells_micro, job.seed)
+        self.collator = Collator(
+            self.objective,
+            self.vocab.pad,
+            job.batch.cells_micro,
+            job.seed,
+            packed=job.batch.packing == "packed",
+        )
         self.validation = self._validation()
         self.engine, self.first_step = self._engine()
         self.telemetry = Telemetry(job.name, self.rank, first_step=self.first_step)

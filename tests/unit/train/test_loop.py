@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from cellray.core.blocks import TokenBlock
-from cellray.train.loop import Collator, prefetch
+from cellray.train.engine import StepStats
+from cellray.train.loop import Collator, _Window, prefetch
 
 
 def test_prefetch_keeps_order_and_content():
@@ -52,21 +53,43 @@ class _Count:
         raise AssertionError("not used")
 
 
-def test_micro_batches_split_cells_and_codes_in_order():
-    block = TokenBlock(
+def five_cells() -> TokenBlock:
+    return TokenBlock(
         joinids=np.arange(5) + 10,
         indptr=np.array([0, 1, 3, 3, 4, 6]),
         tokens=np.arange(6, dtype=np.int32),
         values=np.arange(6, dtype=np.float32),
     )
+
+
+def test_micro_batches_take_cells_and_codes_by_length_and_equal_ones_in_order():
     objective = _Count()
     collator = Collator(objective, pad=9, cells_micro=2, seed=0)
-    batches = collator(block, {"label": np.array([4, 3, 2, 1, 0])}, epoch=3, step=8)
-    assert objective.seen == [([10, 11], 3), ([12, 13], 3), ([14], 3)]
+    batches = collator(five_cells(), {"label": np.array([4, 3, 2, 1, 0])}, epoch=3, step=8)
+    assert objective.seen == [([12, 10], 3), ([13, 11], 3), ([14], 3)]
     assert [b.token_ids.tolist() for b in batches] == [
-        [[0, 9], [1, 2]],
-        [[9], [3]],
+        [[9], [0]],
+        [[3, 9], [1, 2]],
         [[4, 5]],
     ]
-    assert [b.covariates["label"].tolist() for b in batches] == [[4, 3], [2, 1], [0]]
+    assert [b.covariates["label"].tolist() for b in batches] == [[2, 4], [1, 3], [0]]
     assert {b.step for b in batches} == {8}
+
+
+def test_packed_micro_batches_hold_the_same_cells_end_to_end():
+    collator = Collator(_Count(), pad=9, cells_micro=2, seed=0, packed=True)
+    batches = collator(five_cells(), {}, epoch=3, step=8)
+    assert [b.token_ids.tolist() for b in batches] == [[9, 0], [3, 1, 2], [4, 5]]
+    assert [b.packing.cu_lengths.tolist() for b in batches] == [[0, 1, 2], [0, 1, 3], [0, 2]]
+
+
+@pytest.mark.parametrize(("packed", "expected"), [(False, 1 / 8), (True, 0.0)])
+def test_the_padding_fraction_of_a_report_is_slots_without_a_token(packed, expected):
+    window = _Window()
+    batches = Collator(_Count(), pad=9, cells_micro=2, seed=0, packed=packed)(
+        five_cells(), {}, epoch=0
+    )
+    window.add(batches, StepStats(1.0, 1), 0.0)
+    metrics = window.metrics()
+    assert metrics["tokens"] == 7  # six, and the pad token of the cell without tokens
+    assert metrics["padding_fraction"] == pytest.approx(expected)
