@@ -18,13 +18,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _common import Meter, hardware
 
+from cellray.core.ids import without_repeats
+from cellray.core.memory import keep_freed_memory
 from cellray.data.config import DataSection
 from cellray.data.plan import EpochPlan, default_lanes
 from cellray.data.tokens import TokenSource, make_tokenizer
@@ -34,8 +35,10 @@ from cellray.train.prepare import gene_map, select_cells
 HERE = Path(__file__).resolve().parent
 BATCH = 128
 WINDOW = 16_384
+RAY_EPOCHS = 4  # so that starting the actors weighs little
 TOKENIZER = {"name": "bins", "max_tokens": 2048}
 SPECIALS = ("<pad>", "<cls>", "<eoc>", "<mask>")
+STOCK = "raw SOMA read, sequential, stock settings"
 Rows = Iterator[np.ndarray]
 
 
@@ -71,15 +74,21 @@ def prepare(uri: str, cells: int, folder: Path) -> Setup:
     return Setup(found.store, source, plan, labels, folder)
 
 
-def raw(setup: Setup) -> Rows:
+def raw(setup: Setup, *, stock: bool) -> Rows:
     """The floor: SOMA's own sequential read, nothing done with it."""
+    import tiledbsoma
+
+    from cellray.data.storage import context
+
     joinids = setup.plan.joinids
-    for first in range(0, len(joinids), 4096):
-        part = joinids[first : first + 4096]
-        reader = setup.store._x.read((slice(int(part[0]), int(part[-1])),))
-        for table in reader.tables():
-            table.column(2).to_numpy()
-        yield part
+    settings = None if stock else context((), None)
+    place = f"{setup.store.uri}/ms/{setup.store.measurement}/X/{setup.store.layer}"
+    with tiledbsoma.open(place, context=settings) as x:
+        for first in range(0, len(joinids), 4096):
+            part = joinids[first : first + 4096]
+            for table in x.read((slice(int(part[0]), int(part[-1])),)).tables():
+                table.column(2).to_numpy()
+            yield part
 
 
 def one_process(setup: Setup) -> Rows:
@@ -96,7 +105,8 @@ def through_ray(setup: Setup, actors: int) -> Rows:
     """The stream a training worker gets, with all of Ray's processes counted."""
     from cellray.data.pipeline import token_stream
 
-    steps = setup.plan.batches_per_epoch
+    start_ray()
+    steps = RAY_EPOCHS * setup.plan.batches_per_epoch
     stream = token_stream(
         setup.source, setup.plan, first_step=0, last_step=steps, actors=actors, cpus_per_actor=1.0
     )
@@ -268,24 +278,40 @@ def table(report: dict[str, Any]) -> str:
 
 
 def ways(setup: Setup) -> dict[str, Callable[[], Rows]]:
-    """What is ours and runs in this process, by name."""
+    """What is ours, by name; each runs in a process of its own."""
     return {
-        "raw SOMA read, sequential": lambda: raw(setup),
+        STOCK: lambda: raw(setup, stock=True),
+        "raw SOMA read, sequential, our settings": lambda: raw(setup, stock=False),
         "tokens, one process": lambda: one_process(setup),
+        "tokens, Ray Data, 1 actor, starts included": lambda: through_ray(setup, 1),
+        "tokens, Ray Data, 2 actors, starts included": lambda: through_ray(setup, 2),
         "token cache": lambda: cached(setup),
         "memory-mapped CSR, random rows": lambda: memory_mapped(setup),
     }
 
 
-def ray_round(rounds: dict[str, Any], setup: Setup) -> None:
-    """One round through Ray Data; Ray runs meanwhile only, as its own processes count too."""
-    import ray
+def measure_way(name: str, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One pass of one of our ways in a process of its own."""
+    words = [sys.executable, __file__, given.store, "--cells", str(given.cells)]
+    words += ["--way", name, "--folder", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=HERE)
+    if done.returncode:
+        raise SystemExit(f"{name}: {done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    found["batches"] = [np.array(b) for b in found["batches"]]
+    return found
 
-    start_ray()
-    for actors in (1, 2):
-        name = f"tokens, Ray Data, {actors} actor{'s'[: actors - 1]}, their start included"
-        rounds.setdefault(name, []).append(measure(partial(through_ray, setup, actors), setup))
-    ray.shutdown()
+
+def one_way(name: str, setup: Setup) -> None:
+    """The child's side of :func:`measure_way`."""
+    if name != STOCK:
+        keep_freed_memory()
+    work = ways(setup)[name]
+    if "Ray" not in name:
+        next(work())  # compile, open, fill the page cache
+    found = measure(work, setup)
+    found["batches"] = [without_repeats(b).tolist() for b in found["batches"]]
+    print(json.dumps(found))
 
 
 def start_ray() -> None:
@@ -318,15 +344,12 @@ def run(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     setup = prepare(given.store, given.cells, folder)
     write_copies(setup, given.store, peers=bool(given.peers))
     write_token_cache(setup)
-    ours = ways(setup)
-    for work in ours.values():  # compile, open, fill the page cache
-        next(work())
     rounds: dict[str, Any] = {}
     for _ in range(given.rounds):
-        for name, work in ours.items():
-            rounds.setdefault(name, []).append(measure(work, setup))
-        if not given.no_ray:
-            ray_round(rounds, setup)
+        for name in ways(setup):
+            if given.no_ray and "Ray" in name:
+                continue
+            rounds.setdefault(name, []).append(measure_way(name, given, folder))
         if given.peers:
             add_peers(rounds, given.peers, setup)
     return {
@@ -366,12 +389,18 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=[], help="virtual environments")
     parser.add_argument("--no-ray", action="store_true")
     parser.add_argument("--memory", action="store_true", help="peak of 20,000 and 500,000 cells")
+    parser.add_argument("--way", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     parser.add_argument("--stream-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", default=str(HERE / "results" / "data_path"))
     given = parser.parse_args()
+    if given.way:
+        one_way(given.way, prepare(given.store, given.cells, Path(given.folder)))
+        return
     folder = Path(tempfile.mkdtemp(prefix="data_path"))
     try:
         if given.stream_only:
+            keep_freed_memory()
             setup = prepare(given.store, given.cells, folder)
             print(measure(lambda: one_process(setup), setup)["peak_rss"])
             return
