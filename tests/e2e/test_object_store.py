@@ -173,6 +173,33 @@ def test_a_staged_store_is_published(options, small_store, local):
     assert same_cells(open_store("s3://cells/published", tiledb=options), local)
 
 
+def test_an_ingest_into_a_bucket_is_built_aside_and_goes_on(options, tmp_path):
+    known_cells(num_cells=50).write_h5ad(tmp_path / "cells.h5ad")
+    uri = "s3://cells/ingested"
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    keys = {"files": [str(tmp_path / "cells.h5ad")], "uri": uri, "scratch": str(scratch)}
+    config = IngestConfig(**keys, tiledb=options)
+    said = []
+
+    def stop_at_the_copy(line):
+        said.append(line)
+        if "files" in line and "MB" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(config, progress=stop_at_the_copy)
+    assert list(scratch.iterdir()), said  # what was built is kept
+    again = []
+    report = ingest(config, progress=again.append)
+    assert again[0].startswith("the store was built already")
+    assert (report.uri, report.num_cells) == (uri, 50)
+    assert open_store(uri, tiledb=options).num_cells == 50
+    assert not list(scratch.iterdir())
+    with pytest.raises(DataError, match="there is a store at 's3://cells/ingested' already"):
+        ingest(config)
+
+
 def test_what_is_not_there_is_said(options, tmp_path):
     with pytest.raises(DataError, match="there is no store at 's3://cells/nothing'; check the uri"):
         open_store("s3://cells/nothing", tiledb=options)

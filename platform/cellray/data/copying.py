@@ -26,7 +26,7 @@ from cellray.data.locate import address, local_path, refuse_missing
 from cellray.data.schema import COPY_MARKER
 from cellray.data.storage import Settings, brief, hint
 
-__all__ = ["CopyReport", "copy_store", "publish_to"]
+__all__ = ["CopyReport", "copy_store", "publish_to", "refuse_taken"]
 
 Progress = Callable[[str], None]
 _AT_ONCE = 8
@@ -235,6 +235,26 @@ def copy_store(
         refuse_missing(path)
     ends = [_End.of(*address(uri, tiledb)) for uri in (source, target)]
     return _copy(ends[0], ends[1], progress)
+
+
+def refuse_taken(uri: str, *, tiledb: Mapping[str, str] | None = None) -> None:
+    """Refuse a target at which there is a complete store, or that cannot be reached.
+
+    To be asked before a store is built for hours to be put there.
+
+    Raises:
+        DataError: it is taken, or the storage does not answer.
+    """
+    target = _End.of(*address(uri, tiledb))
+    try:
+        taken = _is_store(target.files()) and unfinished_copy(target.uri, target.options) is None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"'{uri}' cannot be reached: {brief(error)}. {hint(error)}") from error
+    if taken:
+        raise DataError(
+            f"there is a store at '{uri}' already; a store in an object store is not appended to: "
+            "copy it to a folder, append there, and copy the result to another address"
+        )
 
 
 def publish_to(

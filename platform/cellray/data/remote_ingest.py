@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from cellray.core.section import to_dict
-from cellray.data.copying import publish_to
+from cellray.data.copying import publish_to, refuse_taken
 from cellray.data.ingest_config import IngestConfig
 from cellray.data.ingest_report import IngestReport
 from cellray.data.soma import open_store
@@ -55,6 +55,7 @@ def ingest_remote(
         DataError: there is a store at the address already (an object store is not appended to), or
             the files or the storage cannot be used.
     """
+    refuse_taken(config.uri, tiledb=config.tiledb)
     folder = _scratch(config)
     place = folder / "store"
     local = config.model_copy(update={"uri": str(place)})

@@ -435,11 +435,6 @@ def test_globs_and_missing_files(one, two, tmp_path):
         run([one], tmp_path / "t", dataset_ids=[""])
 
 
-def test_object_stores_are_not_written(one):
-    with pytest.raises(DataError, match="writes to a local folder, not to 's3://b/k'"):
-        run(one, "s3://b/k")
-
-
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
 def test_files_without_cells_or_genes(write_h5ad, tmp_path, shape):
     path = write_h5ad("a.h5ad", np.zeros(shape, np.float32))
