@@ -34,7 +34,10 @@ slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 bench: $(VENV)/.installed
-	for script in tests/benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python tests/benchmarks/tokenizers.py
+	$(BIN)/python tests/benchmarks/padding.py
+	test -d build/atlas || $(BIN)/cellray synthesize uri=build/atlas num_cells=50000
+	$(BIN)/python tests/benchmarks/data_path.py build/atlas
 
 clean:
 	rm -rf runs build .pytest_cache .mypy_cache .ruff_cache
