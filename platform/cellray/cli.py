@@ -1,4 +1,4 @@
-"""The ``cellray`` command: seven jobs, submission, and looking at what there is."""
+"""The ``cellray`` command: seven jobs, submission, whole stores, and looking at what there is."""
 
 from __future__ import annotations
 
