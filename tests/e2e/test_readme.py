@@ -150,6 +150,10 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
     done = cellray("benchmark", "--check", "jobs/configs/benchmark/demo.toml", "data.uri=/nope/x")
     assert done.returncode == 1
     assert "no store at '/nope/x'" in done.stderr
+    target = str(tmp_path / "new")
+    done = cellray("relayout", str(tmp_path), target, "--tiledb", "vfs.s3.endpoint_overide=x")
+    assert done.returncode == 1
+    assert "vfs.s3.endpoint_override" in done.stderr
     done = cellray("show", str(tmp_path / "nothing"))
     assert done.returncode == 1
     assert "nothing at" in done.stderr
