@@ -1,4 +1,4 @@
-"""The ``cellray`` command: seven jobs, submission, and looking at what there is."""
+"""The ``cellray`` command: seven jobs, submission, whole stores, and looking at what there is."""
 
 from __future__ import annotations
 
@@ -144,6 +144,7 @@ def _relayout(arguments: argparse.Namespace) -> int:
         measurement=arguments.measurement,
         layer=arguments.layer,
         obs_filter=arguments.obs_filter,
+        tiledb=_settings(arguments.tiledb),
         progress=say,
     )
     for line in report.lines():

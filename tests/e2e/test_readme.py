@@ -28,7 +28,14 @@ def cellray(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_readme_names_every_command():
-    assert {words[0] for words in CELLRAY} == {*JOBS, "submit", "show", "doctor"}
+    assert {words[0] for words in CELLRAY} == {
+        *JOBS,
+        "submit",
+        "show",
+        "copy",
+        "relayout",
+        "doctor",
+    }
 
 
 @pytest.mark.parametrize("words", [w for w in CELLRAY if w[0] in JOBS], ids=" ".join)
@@ -55,7 +62,7 @@ def test_make_has_the_two_commands_and_ci_calls_one_of_them():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_ingest_check_show_and_doctor_run_as_the_readme_says(tmp_path):
+def test_ingest_check_show_copy_relayout_and_doctor_run_as_the_readme_says(tmp_path):
     """From a folder that holds what the configurations name, as a stranger would."""
     for name in ("jobs", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -68,11 +75,18 @@ def test_ingest_check_show_and_doctor_run_as_the_readme_says(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "steps: 120" in done.stdout
     assert "memory: about" in done.stdout
+    assert "shuffle: a batch holds" in done.stdout
     show = next(w for w in CELLRAY if w[0] == "show")
     done = cellray(*show, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "cells: 2161" in done.stdout
     assert not (tmp_path / "runs" / "demo" / "pretrain-scgpt").exists()
+    for name in ("copy", "relayout"):
+        words = next(w for w in CELLRAY if w[0] == name)
+        done = cellray(*words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        done = cellray("show", words[2], cwd=tmp_path)
+        assert "cells: 2161" in done.stdout, done.stderr
     again = cellray(*CELLRAY[0], cwd=tmp_path)
     assert again.returncode == 1
     assert "ingest.append = false" in again.stderr
@@ -106,7 +120,7 @@ def test_the_jobs_of_the_readme_run_one_after_the_other(ray_cluster, tmp_path, m
             short.append("optim.warmup_steps=0")
         assert main(short) == 0, capsys.readouterr().err
         ran.append(words[0])
-    assert ran == ["ingest", "pretrain", "finetune", "tune", "embed", "benchmark"]
+    assert ran == ["ingest", "synthesize", "pretrain", "finetune", "tune", "embed", "benchmark"]
     told = capsys.readouterr().out
     for text in (
         "store: ",
@@ -136,6 +150,10 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
     done = cellray("benchmark", "--check", "jobs/configs/benchmark/demo.toml", "data.uri=/nope/x")
     assert done.returncode == 1
     assert "no store at '/nope/x'" in done.stderr
+    target = str(tmp_path / "new")
+    done = cellray("relayout", str(tmp_path), target, "--tiledb", "vfs.s3.endpoint_overide=x")
+    assert done.returncode == 1
+    assert "vfs.s3.endpoint_override" in done.stderr
     done = cellray("show", str(tmp_path / "nothing"))
     assert done.returncode == 1
     assert "nothing at" in done.stderr

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -101,6 +101,7 @@ def relayout(
     measurement: str = schema.MEASUREMENT,
     layer: str = schema.LAYER,
     obs_filter: str = "",
+    tiledb: Mapping[str, str] | None = None,
     cells_per_block: int = 2 * TILE_ROWS,
     progress: Callable[[str], None] = lambda _: None,
 ) -> RelayoutReport:
@@ -113,17 +114,18 @@ def relayout(
     whole or not at all.
 
     Args:
-        source: a local folder or an object-store URI.
+        source: a local folder, an object-store URI or a Census organism (``census:...``).
         target: a local folder that does not exist.
         measurement: the measurement that is kept; it must be ``RNA`` in a store that is to be
             appended to.
         layer: its X layer with raw counts; it is ``raw`` in the new store.
         obs_filter: cells to keep, in SOMA's filter language; "" keeps all.
+        tiledb: TileDB settings of the source, as ``data.tiledb``.
         cells_per_block: source rows in memory at a time, a multiple of 2,048.
         progress: takes a line every few seconds: cells, cells/s, time left.
 
     Raises:
-        ConfigError: a block size that is not a multiple of 2,048.
+        ConfigError: a block size that is not a multiple of 2,048, an unknown TileDB setting.
         DataError: no such source, measurement or layer; a target that exists or is no local
             folder; a filter that is not understood or keeps no cell; cell ids that are not unique.
     """
@@ -133,7 +135,7 @@ def relayout(
             "of a Census tile"
         )
     started = time.monotonic()
-    store = open_store(source, measurement=measurement, layer=layer)
+    store = open_store(source, measurement=measurement, layer=layer, tiledb=tiledb)
     place_of = _free_target(target)
     obs = store.obs(None, value_filter=obs_filter or None)
     if obs.empty:
