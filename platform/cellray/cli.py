@@ -144,6 +144,7 @@ def _relayout(arguments: argparse.Namespace) -> int:
         measurement=arguments.measurement,
         layer=arguments.layer,
         obs_filter=arguments.obs_filter,
+        tiledb=_settings(arguments.tiledb),
         progress=say,
     )
     for line in report.lines():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -102,6 +102,8 @@ def relayout(
     layer: str = schema.LAYER,
     obs_filter: str = "",
     cells_per_block: int = 2 * TILE_ROWS,
+    timestamp: str = "",
+    tiledb: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> RelayoutReport:
     """Write the cells of a SOMA experiment anew, in the layout that training reads fastest.
@@ -113,17 +115,20 @@ def relayout(
     whole or not at all.
 
     Args:
-        source: a local folder or an object-store URI.
+        source: a local folder, an object-store URI or ``census:...``.
         target: a local folder that does not exist.
         measurement: the measurement that is kept; it must be ``RNA`` in a store that is to be
             appended to.
         layer: its X layer with raw counts; it is ``raw`` in the new store.
         obs_filter: cells to keep, in SOMA's filter language; "" keeps all.
         cells_per_block: source rows in memory at a time, a multiple of 2,048.
+        timestamp: the moment whose cells are read, see :func:`cellray.data.soma.open_store`.
+        tiledb: TileDB settings for the source.
         progress: takes a line every few seconds: cells, cells/s, time left.
 
     Raises:
-        ConfigError: a block size that is not a multiple of 2,048.
+        ConfigError: a block size that is not a multiple of 2,048; a setting or timestamp that is
+            not allowed.
         DataError: no such source, measurement or layer; a target that exists or is no local
             folder; a filter that is not understood or keeps no cell; cell ids that are not unique.
     """
@@ -133,7 +138,9 @@ def relayout(
             "of a Census tile"
         )
     started = time.monotonic()
-    store = open_store(source, measurement=measurement, layer=layer)
+    store = open_store(
+        source, measurement=measurement, layer=layer, timestamp=timestamp, tiledb=tiledb
+    )
     place_of = _free_target(target)
     obs = store.obs(None, value_filter=obs_filter or None)
     if obs.empty:
@@ -277,8 +284,8 @@ def _same(column: pd.Series, ours: pa.Array) -> bool:
 
 def _var_table(store: Store, found: _Written) -> pa.Table:
     """All columns of var; ids and names where our stores have them, and cells of each gene."""
-    group = store._experiment.ms[store.measurement]
-    frame = group.var.read().concat().to_pandas().sort_values(schema.JOINID, ignore_index=True)
+    read = store._asked("var", lambda e: e.ms[store.measurement].var.read().concat())
+    frame = read.to_pandas().sort_values(schema.JOINID, ignore_index=True)
     frame = frame.iloc[: store.num_genes]
     named = store.var()
     columns: dict[str, Any] = {
