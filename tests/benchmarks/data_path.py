@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import pickle
 import shutil
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from cellray.core.ids import without_repeats
 from cellray.core.memory import keep_freed_memory
 from cellray.data.config import DataSection
 from cellray.data.plan import EpochPlan, default_lanes
+from cellray.data.soma import open_store
 from cellray.data.tokens import TokenSource, make_tokenizer
 from cellray.data.vocab import Vocab
 from cellray.train.prepare import gene_map, select_cells
@@ -53,9 +55,9 @@ class Setup:
     folder: Path
 
 
-def prepare(uri: str, cells: int, folder: Path) -> Setup:
+def prepare(uri: str, cells: int, folder: Path, *, labelled: bool = True) -> Setup:
     """Select the first cells of a store."""
-    known = select_cells(DataSection(uri=uri)).store.obs_columns()
+    known = open_store(uri).obs_columns() if labelled else []
     columns = [c for c in ("dataset_id", "cell_type") if c in known]
     found = select_cells(DataSection(uri=uri, obs_filter=f"soma_joinid < {cells}"), columns)
     var = found.store.var()
@@ -392,6 +394,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="peak of 20,000 and 500,000 cells")
     parser.add_argument("--way", default="", help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--stream-setup", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--stream-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", default=str(HERE / "results" / "data_path"))
     given = parser.parse_args()
@@ -401,8 +404,15 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="data_path"))
     try:
         if given.stream_only:
+            # what streams is another process than what selects: an actor gets ids and lengths
+            whole = pickle.dumps(prepare(given.store, given.cells, folder, labelled=False))
+            (folder / "setup").write_bytes(whole)
+            words = [sys.executable, __file__, str(folder / "setup"), "--stream-setup"]
+            print(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
+            return
+        if given.stream_setup:
             keep_freed_memory()
-            setup = prepare(given.store, given.cells, folder)
+            setup = pickle.loads(Path(given.store).read_bytes())
             print(measure(lambda: one_process(setup), setup)["peak_rss"])
             return
         report = run(given, folder)

@@ -36,7 +36,7 @@ from cellray.core.ids import without_repeats
 if TYPE_CHECKING:
     from cellray.data.tokens import TokenSource
 
-__all__ = ["CacheInfo", "TokenCache", "cache_key", "open_cache", "prepare_cache"]
+__all__ = ["CacheInfo", "TokenCache", "cache_key", "check_cache", "open_cache", "prepare_cache"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -108,6 +108,24 @@ def _read_info(folder: Path) -> CacheInfo:
         ) from error
 
 
+def check_cache(folder: Path, key: Mapping[str, str]) -> CacheInfo | None:
+    """The cache that is in a folder, None if there is none; writes nothing.
+
+    Raises:
+        DataError: it is a cache of something else; says what differs.
+    """
+    if not (folder / _MANIFEST).is_file():
+        return None
+    info = _read_info(folder)
+    differs = [k for k in {**info.key, **key} if info.key.get(k) != key.get(k)]
+    if differs:
+        raise DataError(
+            f"the token cache '{folder}' is stale: it was written for another "
+            f"{' and another '.join(differs)}; remove it, or choose another data.cache"
+        )
+    return info
+
+
 def prepare_cache(
     folder: Path, key: Mapping[str, str], cells: I64, *, cells_per_shard: int = CELLS_PER_SHARD
 ) -> CacheInfo:
@@ -123,15 +141,9 @@ def prepare_cache(
         DataError: the folder holds a cache of something else (it says what differs), or other
             files.
     """
-    if (folder / _MANIFEST).is_file():
-        info = _read_info(folder)
-        differs = [k for k in {**info.key, **key} if info.key.get(k) != key.get(k)]
-        if differs:
-            raise DataError(
-                f"the token cache '{folder}' is stale: it was written for another "
-                f"{' and another '.join(differs)}; remove it, or choose another data.cache"
-            )
-        return info
+    there = check_cache(folder, key)
+    if there is not None:
+        return there
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         left = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir())
         if not folder.is_dir() or any(not _is_ours(name) for name in left):

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ import tiledbsoma
 from scipy import sparse
 
 from cellray.core.errors import ConfigError, DataError
+from cellray.core.memory import keep_freed_memory
 from cellray.data import schema
 from cellray.data.digest import cell_hashes, content_digest, hash64
+from cellray.data.existing import library_figures
 from cellray.data.locate import local_path
+from cellray.data.sketch import Sketch, SketchBuilder, quantile, sketch_counts
 from cellray.data.soma import Store, open_store
 from cellray.data.staging import staging
 from cellray.data.vocab import strip_version
@@ -36,6 +40,7 @@ from cellray.data.writer import (
     create_x,
     measurement_path,
     write_block,
+    write_histogram,
     write_table,
     x_path,
 )
@@ -47,7 +52,7 @@ I64 = npt.NDArray[np.int64]
 SOURCE_JOINID = "source_joinid"
 TILE_ROWS = 2048  # of the Census
 _REPORT_S = 5.0
-_VAR_OWN = ("feature_id", "feature_name", schema.NUM_NONZERO)
+_VAR_OWN = ("feature_id", "feature_name", schema.NUM_NONZERO, schema.NONZERO_MEDIAN)
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class _Written:
     sums: list[npt.NDArray[np.float64]]
     hashes: list[npt.NDArray[np.uint64]]
     gene_cells: I64
+    sketch: SketchBuilder = field(default_factory=SketchBuilder)
 
 
 def relayout(
@@ -101,8 +107,9 @@ def relayout(
     measurement: str = schema.MEASUREMENT,
     layer: str = schema.LAYER,
     obs_filter: str = "",
-    tiledb: Mapping[str, str] | None = None,
     cells_per_block: int = 2 * TILE_ROWS,
+    timestamp: str = "",
+    tiledb: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> RelayoutReport:
     """Write the cells of a SOMA experiment anew, in the layout that training reads fastest.
@@ -114,18 +121,20 @@ def relayout(
     whole or not at all.
 
     Args:
-        source: a local folder, an object-store URI or a Census organism (``census:...``).
+        source: a local folder, an object-store URI or ``census:...``.
         target: a local folder that does not exist.
         measurement: the measurement that is kept; it must be ``RNA`` in a store that is to be
             appended to.
         layer: its X layer with raw counts; it is ``raw`` in the new store.
         obs_filter: cells to keep, in SOMA's filter language; "" keeps all.
-        tiledb: TileDB settings of the source, as ``data.tiledb``.
         cells_per_block: source rows in memory at a time, a multiple of 2,048.
+        timestamp: the moment whose cells are read, see :func:`cellray.data.soma.open_store`.
+        tiledb: TileDB settings for the source.
         progress: takes a line every few seconds: cells, cells/s, time left.
 
     Raises:
-        ConfigError: a block size that is not a multiple of 2,048, an unknown TileDB setting.
+        ConfigError: a block size that is not a multiple of 2,048; a setting or timestamp that is
+            not allowed.
         DataError: no such source, measurement or layer; a target that exists or is no local
             folder; a filter that is not understood or keeps no cell; cell ids that are not unique.
     """
@@ -135,7 +144,9 @@ def relayout(
             "of a Census tile"
         )
     started = time.monotonic()
-    store = open_store(source, measurement=measurement, layer=layer, tiledb=tiledb)
+    store = open_store(
+        source, measurement=measurement, layer=layer, timestamp=timestamp, tiledb=tiledb
+    )
     place_of = _free_target(target)
     obs = store.obs(None, value_filter=obs_filter or None)
     if obs.empty:
@@ -147,9 +158,13 @@ def relayout(
         content = content_digest(ids, np.concatenate(found.hashes))
         table = _obs_table(obs, ids, found, store)
         write_table(place / "obs", table)
-        write_table(measurement_path(place, measurement) / "var", _var_table(store, found))
+        sketch = found.sketch.result()
+        var = _var_table(store, found, sketch)
+        write_table(measurement_path(place, measurement) / "var", var)
+        write_histogram(place, measurement, sketch, store.num_genes)
         ledger = _ledger(store, table, ids, found, content, filtered=bool(obs_filter))
-        create_groups(place, ledger, measurements=[measurement])
+        figures = {schema.META_LIBRARY: library_figures(table, [measurement])}
+        create_groups(place, ledger, measurements=[measurement], metadata=figures)
     return RelayoutReport(
         source=store.uri,
         target=str(place_of),
@@ -206,18 +221,25 @@ def _write_x(
     every_gene = np.arange(num_genes, dtype=np.int32)
     hashes = hash64([strip_version(g) for g in store.var()["feature_id"]])
     found = _Written([], [], [], np.zeros(num_genes, dtype=np.int64))
+    keep_freed_memory()
     path = x_path(place, store.measurement)
     create_x(path, (len(joinids), num_genes))
     started = said = time.monotonic()
-    with tiledbsoma.open(str(path), "w") as x:
-        for span in _spans(joinids, size):
-            block = store.read_block(joinids[span], every_gene)
+    spans = list(_spans(joinids, size))
+    # the next block is read while this one is written
+    with tiledbsoma.open(str(path), "w") as x, ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(store.read_block, joinids[spans[0]], every_gene)
+        for i, span in enumerate(spans):
+            block = ahead.result()
+            if i + 1 < len(spans):
+                ahead = reader.submit(store.read_block, joinids[spans[i + 1]], every_gene)
             indptr, genes, counts = block.indptr, block.genes, block.counts
             matrix = sparse.csr_matrix((counts, genes, indptr), shape=(len(block), num_genes))
             write_block(x, matrix, span.start, num_genes)
             total = np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64)])
             found.nonzero.append(np.diff(indptr).astype(np.int64))
             found.sums.append(np.diff(total[indptr]))
+            found.sketch.add(sketch_counts(indptr, genes, counts, found.sums[-1]))
             found.hashes.append(cell_hashes(indptr, genes, counts, hashes))
             found.gene_cells += np.bincount(genes, minlength=num_genes)
             now = time.monotonic()
@@ -277,16 +299,17 @@ def _same(column: pd.Series, ours: pa.Array) -> bool:
     return bool(np.array_equal(column.to_numpy(), ours.to_numpy()))
 
 
-def _var_table(store: Store, found: _Written) -> pa.Table:
+def _var_table(store: Store, found: _Written, sketch: Sketch) -> pa.Table:
     """All columns of var; ids and names where our stores have them, and cells of each gene."""
-    group = store._experiment.ms[store.measurement]
-    frame = group.var.read().concat().to_pandas().sort_values(schema.JOINID, ignore_index=True)
+    read = store._asked("var", lambda e: e.ms[store.measurement].var.read().concat())
+    frame = read.to_pandas().sort_values(schema.JOINID, ignore_index=True)
     frame = frame.iloc[: store.num_genes]
     named = store.var()
     columns: dict[str, Any] = {
         "feature_id": pa.array(named["feature_id"].tolist(), pa.large_string()),
         "feature_name": pa.array(named["feature_name"].tolist(), pa.large_string()),
         schema.NUM_NONZERO: pa.array(found.gene_cells),
+        schema.NONZERO_MEDIAN: pa.array(quantile(sketch, store.num_genes)),
     }
     for name in frame.columns:
         if name not in (schema.JOINID, *_VAR_OWN):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,7 @@ from cellray.core.errors import CheckpointError, ConfigError, DataError, did_you
 from cellray.core.ids import stores_of
 from cellray.core.section import Section, to_dict
 from cellray.data.balance import Balance
+from cellray.data.cache import cache_key, check_cache
 from cellray.data.config import DataSection
 from cellray.data.mixing import measure_mixing
 from cellray.data.mixture import MixturePlan, deal_lanes
@@ -361,6 +363,9 @@ def make_training_data(
         seed=seed,
     )
     fingerprint = cells.store.fingerprint(cells.joinids)
+    if data.cache:
+        key = cache_key(source, cells=cells.joinids, fingerprint=fingerprint)
+        check_cache(Path(data.cache).expanduser().resolve(), key)
     return TrainingData(
         source=source,
         plan=plan,

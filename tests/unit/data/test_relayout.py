@@ -12,10 +12,14 @@ from cells_by_hand import dense, make_counts
 from cellray.cli import main
 from cellray.core.errors import ConfigError, DataError
 from cellray.data import relayout as module
+from cellray.data.digest import cell_hashes, hash64
+from cellray.data.existing import stored_library_sizes
 from cellray.data.ingest import IngestConfig, ingest
 from cellray.data.relayout import SOURCE_JOINID, relayout
+from cellray.data.sketch import MAX_RELATIVE_ERROR
 from cellray.data.soma import open_store
 from cellray.data.staging import staging_of
+from cellray.data.stats import nonzero_medians
 
 NUM_CELLS, NUM_GENES = 5000, 30
 COUNTS = make_counts(NUM_CELLS, NUM_GENES, seed=3)
@@ -124,10 +128,13 @@ def test_all_columns_are_kept_and_ours_are_added(rewritten, census):
     assert np.array_equal(var["nnz"], np.count_nonzero(COUNTS, axis=0))
 
 
-def test_the_fingerprint_is_that_of_the_source(rewritten, census):
+def test_the_cells_have_the_hashes_of_the_source(rewritten, census):
     store, _, _ = rewritten
-    some = np.array([3, 4000, 77])
-    assert store.fingerprint(some) == open_store(census).fingerprint(some)
+    every_gene = np.arange(NUM_GENES, dtype=np.int32)
+    block = open_store(census).read_block(np.arange(NUM_CELLS), every_gene)
+    expected = cell_hashes(block.indptr, block.genes, block.counts, hash64(GENES))
+    assert np.array_equal(store.obs()["cell_hash"].to_numpy(), expected)
+    assert len(np.unique(expected)) > 1
 
 
 def test_a_filter_keeps_its_cells_with_their_old_ids(census, tmp_path):
@@ -212,5 +219,18 @@ def test_the_command(census, tmp_path, capsys):
     words = ["relayout", census, str(tmp_path / "store"), "--obs-filter", "soma_joinid < 10"]
     assert main(words) == 0
     assert "10 cells x 30 genes" in capsys.readouterr().out
+    assert main([*words[:2], str(tmp_path / "b"), "--tiledb", "nonsense"]) != 0
+    assert "--tiledb nonsense: write it KEY=VALUE" in capsys.readouterr().err
     assert main(words) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_the_new_store_keeps_medians_and_library_sizes(census, tmp_path):
+    relayout(census, str(tmp_path / "new"))
+    store = open_store(str(tmp_path / "new"))
+    every = np.arange(store.num_genes, dtype=np.int32)
+    rows = np.arange(store.num_cells)
+    exact = nonzero_medians(store, rows, every, store.num_genes)
+    assert np.abs(store.nonzero_medians() / exact - 1).max() <= MAX_RELATIVE_ERROR
+    sizes = store.read_block(rows, every).library_sizes
+    assert stored_library_sizes(store.uri)[0.5] == pytest.approx(np.median(sizes))
