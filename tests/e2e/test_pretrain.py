@@ -57,6 +57,19 @@ def test_a_run_leaves_model_configuration_and_progress(whole):
     assert load(result.run_dir).manifest == manifest
 
 
+def test_packed_batches_train_like_padded_ones(whole, small_store, tmp_path):
+    """ZeRO 2 on two workers: the same losses without a single pad token."""
+    packed = pretrain_run(small_store, tmp_path, batch={"packing": "packed"})
+    rows = progress(run_job(packed).run_dir)
+    padded = progress(whole[0].run_dir)
+    for one, other in zip(rows, padded, strict=True):
+        for name in ("train/loss", "validation/loss"):
+            if name in other:
+                assert one[name] == pytest.approx(other[name], rel=1e-4)
+        assert one["padding_fraction"] == 0.0
+        assert other["padding_fraction"] > 0.0
+
+
 def test_mlflow_holds_parameters_metrics_by_step_and_the_data_fingerprint(whole, small_store):
     from cellray.data.soma import open_store
 

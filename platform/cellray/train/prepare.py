@@ -108,8 +108,16 @@ def select_cells(
     )
     known = store.obs_columns()
     named = columns(known) if callable(columns) else columns
-    by = [data.split.by, data.balance_by, data.held_out_by if data.held_out else ""]
-    wanted = [*data.covariates, *named, *(column for column in by if column)]
+    keys = {"data.split.by": data.split.by, "data.balance_by": data.balance_by}
+    if data.held_out:
+        keys["data.held_out_by"] = data.held_out_by
+    for key, column in keys.items():
+        if column and column not in known:
+            raise DataError(
+                f"{key} = '{column}' is no obs column of '{store.uri}'."
+                f"{did_you_mean(column, known)} It has: {', '.join(known)}"
+            )
+    wanted = [*data.covariates, *named, *(column for column in keys.values() if column)]
     if data.min_genes_per_cell and "nnz" not in known:
         raise DataError(
             "data.min_genes_per_cell needs an obs column 'nnz', which the store does not have; "

@@ -141,6 +141,19 @@ def test_a_held_out_dataset_that_is_not_there(uris):
         select_cells(DataSection(uri=uris[0], held_out=["t9"], held_out_by="cell_type"))
 
 
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"balance_by": "cell_typ"}, "data.balance_by = 'cell_typ' is no obs column"),
+        ({"split": {"by": "donr"}}, "data.split.by = 'donr' is no obs column"),
+        ({"held_out": ["x"], "held_out_by": "tissu"}, "data.held_out_by = 'tissu' is no obs"),
+    ],
+)
+def test_a_misspelt_column_is_named_with_its_key(uris, keys, named):
+    with pytest.raises(DataError, match=named):
+        select_cells(DataSection.model_validate({"uri": uris[0], **keys}))
+
+
 def test_balancing_by_a_column(uris):
     data = DataSection(uri=uris[0], obs_filter="cell_type != 't2' or obs_id == 's0c2'")
     cells = select_cells(data, ["cell_type"])
