@@ -43,7 +43,9 @@ __all__ = [
     "RAW_SUM",
     "STAGING_SUFFIX",
     "histogram_options",
+    "num_nonzero",
     "obs_to_arrow",
+    "presence",
     "raw_sum",
     "table_options",
     "unify",
@@ -92,6 +94,16 @@ _ZSTD: dict[str, Any] = {"_type": "ZstdFilter", "level": ZSTD_LEVEL}
 def raw_sum(measurement: str) -> str:
     """The obs column with a cell's total counts in a measurement."""
     return RAW_SUM if measurement == MEASUREMENT else f"{RAW_SUM}_{measurement}"
+
+
+def num_nonzero(measurement: str) -> str:
+    """The obs column with how many features of a measurement a cell has."""
+    return NUM_NONZERO if measurement == MEASUREMENT else f"{NUM_NONZERO}_{measurement}"
+
+
+def presence(measurement: str) -> str:
+    """The obs column that says whether a cell has a measurement at all; RNA has none."""
+    return f"has_{measurement}"
 
 
 def x_options() -> dict[str, Any]:

@@ -18,6 +18,7 @@ from cellray.core.draw import Draw
 from cellray.core.errors import CheckpointError, ConfigError, DataError, did_you_mean
 from cellray.core.ids import stores_of
 from cellray.core.section import Section, to_dict
+from cellray.data import schema
 from cellray.data.balance import Balance
 from cellray.data.cache import cache_key, check_cache
 from cellray.data.config import DataSection
@@ -118,13 +119,19 @@ def select_cells(
                 f"{did_you_mean(column, known)} It has: {', '.join(known)}"
             )
     wanted = [*data.covariates, *named, *(column for column in keys.values() if column)]
-    if data.min_genes_per_cell and "nnz" not in known:
+    nnz, present = schema.num_nonzero(data.measurement), schema.presence(data.measurement)
+    if data.min_genes_per_cell and nnz not in known:
         raise DataError(
-            "data.min_genes_per_cell needs an obs column 'nnz', which the store does not have; "
+            f"data.min_genes_per_cell needs an obs column '{nnz}', which the store does not have; "
             "set it to 0 or ingest the store with cellray"
         )
-    wanted += [c for c in ("nnz", *_MIXING_COLUMNS) if c in known]
+    wanted += [c for c in (nnz, present, *_MIXING_COLUMNS) if c in known]
     obs = store.obs(list(dict.fromkeys(wanted)), value_filter=data.obs_filter or None)
+    if present in obs:  # cells without the measurement have no row in it
+        obs = obs[obs[present].fillna(False).astype(bool)].reset_index(drop=True)
+    if nnz in obs and nnz != schema.NUM_NONZERO:
+        obs = obs.drop(columns=schema.NUM_NONZERO, errors="ignore")
+        obs = obs.rename(columns={nnz: schema.NUM_NONZERO})
     if data.held_out:
         obs = _without(obs, data.held_out_by, data.held_out)
     if data.min_genes_per_cell:

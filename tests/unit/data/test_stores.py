@@ -154,6 +154,33 @@ def test_a_misspelt_column_is_named_with_its_key(uris, keys, named):
         select_cells(DataSection.model_validate({"uri": uris[0], **keys}))
 
 
+def test_a_run_on_another_measurement_selects_the_cells_that_have_it(tmp_path):
+    """Lengths and the rule of detected features are those of the measurement."""
+    rna = np.ones((6, 5), dtype="f4")
+    atac = np.array([[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 1]], dtype="f4")
+    for name, counts, prefix in (("rna", rna, "ENSG0000000000"), ("atac", atac, "peak")):
+        cells = [f"c{i}" for i in range(len(counts))]
+        genes = [f"{prefix}{i}" for i in range(counts.shape[1])]
+        adata = ad.AnnData(
+            sp.csr_matrix(counts), obs=pd.DataFrame(index=cells), var=pd.DataFrame(index=genes)
+        )
+        adata.write_h5ad(tmp_path / f"{name}.h5ad")
+    other = {"ATAC": {"files": [str(tmp_path / "atac.h5ad")]}}
+    files = [str(tmp_path / "rna.h5ad")]
+    ingest(
+        IngestConfig.model_validate(
+            {"files": files, "uri": str(tmp_path / "s"), "measurements": other}
+        )
+    )
+    data = DataSection(uri=str(tmp_path / "s"), measurement="ATAC")
+    cells = select_cells(data)
+    assert cells.joinids.tolist() == [0, 1, 2, 3]
+    assert cells.lengths(99).tolist() == [3, 1, 2, 3]
+    enough = select_cells(data.model_copy(update={"min_genes_per_cell": 2}))
+    assert enough.joinids.tolist() == [0, 2, 3]
+    assert select_cells(DataSection(uri=str(tmp_path / "s"))).lengths(99).tolist() == [5] * 6
+
+
 def test_balancing_by_a_column(uris):
     data = DataSection(uri=uris[0], obs_filter="cell_type != 't2' or obs_id == 's0c2'")
     cells = select_cells(data, ["cell_type"])
