@@ -57,6 +57,7 @@ def test_a_run_leaves_model_configuration_and_progress(whole):
     assert load(result.run_dir).manifest == manifest
 
 
+@pytest.mark.slow
 def test_packed_batches_train_like_padded_ones(whole, small_store, tmp_path):
     """ZeRO 2 on two workers: the same losses without a single pad token."""
     packed = pretrain_run(small_store, tmp_path, batch={"packing": "packed"})

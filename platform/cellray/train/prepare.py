@@ -425,6 +425,11 @@ def make_plan(
     """
     rows = np.searchsorted(cells.joinids, train)
     lanes = data.lanes or default_lanes(batch.cells_global)
+    if batch.cells_global % lanes:
+        raise ConfigError(
+            f"data.lanes = {lanes} does not divide batch.cells_global = {batch.cells_global}; "
+            "choose a divisor"
+        )
     size = window_batches(
         batch.cells_global, lanes=lanes, run_cells=data.run_cells, window_cells=data.window_cells
     )
