@@ -19,6 +19,7 @@ from cellray.core.errors import DataError
 from cellray.data import schema
 from cellray.data.ingest_config import IngestConfig
 from cellray.data.joining import Existing, OldVar
+from cellray.data.opening import open_experiment
 from cellray.data.sketch import Sketch, SketchBuilder, sketch_counts
 from cellray.data.soma import open_store
 
@@ -37,9 +38,10 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 _CELLS_AT_ONCE = 4096
 
 
-def _open(uri: str, measurement: str) -> Any:
+def _open(uri: str, measurement: str, tiledb: Mapping[str, str] | None) -> Any:
     """The experiment, once it is known to be one and to have the measurement."""
-    return tiledbsoma.open(open_store(uri, measurement=measurement).uri)
+    store = open_store(uri, measurement=measurement, tiledb=tiledb)
+    return open_experiment(store.uri, store.tiledb)
 
 
 def _sketch(experiment: Any, measurement: str) -> Sketch | None:
@@ -56,12 +58,15 @@ def _sketch(experiment: Any, measurement: str) -> Sketch | None:
     return builder.result()
 
 
-def stored_sketch(uri: str, *, measurement: str = schema.MEASUREMENT) -> Sketch | None:
+def stored_sketch(
+    uri: str, *, measurement: str = schema.MEASUREMENT, tiledb: Mapping[str, str] | None = None
+) -> Sketch | None:
     """The sketch of normalised counts over all cells of a store.
 
     Args:
         uri: the store.
         measurement: its measurement.
+        tiledb: TileDB settings, as :func:`open_store` takes them.
 
     Returns:
         None where the store has none (Census, stores of older versions).
@@ -69,11 +74,13 @@ def stored_sketch(uri: str, *, measurement: str = schema.MEASUREMENT) -> Sketch 
     Raises:
         DataError: there is no such store, or it lacks the measurement.
     """
-    with _open(uri, measurement) as experiment:
+    with _open(uri, measurement, tiledb) as experiment:
         return _sketch(experiment, measurement)
 
 
-def stored_medians(uri: str, *, measurement: str = schema.MEASUREMENT) -> F32 | None:
+def stored_medians(
+    uri: str, *, measurement: str = schema.MEASUREMENT, tiledb: Mapping[str, str] | None = None
+) -> F32 | None:
     """The non-zero median of each gene's normalised counts over all cells of a store.
 
     Read from var; within 0.4 % of the exact figure, see :mod:`cellray.data.sketch`.
@@ -81,6 +88,7 @@ def stored_medians(uri: str, *, measurement: str = schema.MEASUREMENT) -> F32 | 
     Args:
         uri: the store.
         measurement: its measurement.
+        tiledb: TileDB settings, as :func:`open_store` takes them.
 
     Returns:
         (V,) in the order of var, 1.0 for genes that no cell expresses; None where the store has
@@ -89,7 +97,7 @@ def stored_medians(uri: str, *, measurement: str = schema.MEASUREMENT) -> F32 | 
     Raises:
         DataError: there is no such store, or it lacks the measurement.
     """
-    with _open(uri, measurement) as experiment:
+    with _open(uri, measurement, tiledb) as experiment:
         var = experiment.ms[measurement].var
         if schema.NONZERO_MEDIAN not in var.schema.names:
             return None
@@ -100,13 +108,14 @@ def stored_medians(uri: str, *, measurement: str = schema.MEASUREMENT) -> F32 | 
 
 
 def stored_library_sizes(
-    uri: str, *, measurement: str = schema.MEASUREMENT
+    uri: str, *, measurement: str = schema.MEASUREMENT, tiledb: Mapping[str, str] | None = None
 ) -> dict[float, float] | None:
     """Quantiles of the library sizes of all cells of a store, from its metadata.
 
     Args:
         uri: the store.
         measurement: its measurement.
+        tiledb: TileDB settings, as :func:`open_store` takes them.
 
     Returns:
         Quantile (0..1) -> total counts of a cell; None where the store has none.
@@ -114,7 +123,7 @@ def stored_library_sizes(
     Raises:
         DataError: there is no such store, or it lacks the measurement.
     """
-    with _open(uri, measurement) as experiment:
+    with _open(uri, measurement, tiledb) as experiment:
         found = json.loads(experiment.metadata.get(schema.META_LIBRARY, "{}"))
     figures = found.get(measurement)
     return None if figures is None else {float(q): v for q, v in figures["quantiles"].items()}

@@ -40,7 +40,7 @@ def _store(path: str, tiledb: Mapping[str, str] | None) -> list[str]:
         for file in facts["files"]
     ]
     lines += [f"    in all: {line}" for line in sum_lines(facts["files"])]
-    sizes = stored_library_sizes(facts["uri"], measurement=facts["measurement"])
+    sizes = stored_library_sizes(path, measurement=facts["measurement"], tiledb=tiledb)
     if sizes:
         told = ", ".join(f"{q:g}: {size:.0f}" for q, size in sizes.items())
         lines.append(f"  library sizes, quantiles: {told}")
