@@ -37,7 +37,7 @@ from cellray.train.prepare import gene_map, select_cells
 HERE = Path(__file__).resolve().parent
 BATCH = 128
 WINDOW = 16_384
-RAY_EPOCHS = 8  # so that starting the actors weighs little
+RAY_EPOCHS = 4  # so that starting the actors weighs little
 TOKENIZER = {"name": "bins", "max_tokens": 2048}
 SPECIALS = ("<pad>", "<cls>", "<eoc>", "<mask>")
 STOCK = "raw SOMA read, sequential, stock settings"
