@@ -19,7 +19,7 @@ import torch
 from cellray.core.blocks import TokenBlock
 from cellray.core.draw import Draw
 from cellray.core.section import build_section
-from cellray.data.collate import collate_tokens, take_tokens
+from cellray.data.collate import collate_tokens
 from cellray.data.tokens import make_tokenizer, tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.infer.load import block_of
@@ -48,7 +48,7 @@ def demo(name: str) -> tuple[TokenBlock, Vocab, Objective, CellModel]:
     torch.manual_seed(0)
     config = build_section(unit.config, {"family": name, **SIZES})
     model = build_model(name, config, BuildContext(vocab, max_tokens=MAX_TOKENS)).train()
-    return take_tokens(tokens, order), vocab, objective, model
+    return tokens.take(order), vocab, objective, model
 
 
 def main() -> None:
@@ -63,12 +63,12 @@ def main() -> None:
     slots, real, seconds = (np.zeros((len(FORMS), args.steps + 1)) for _ in range(3))
     for step in range(args.steps + 1):  # the first warms up
         first = step * args.cells_step % max(len(tokens) - args.cells_step, 1)
-        block = take_tokens(tokens, np.arange(first, first + args.cells_step))
+        block = tokens.take(np.arange(first, first + args.cells_step))
         for i, form in enumerate(FORMS):
             started = time.perf_counter()
             if form == "padded, unbucketed":
                 rows = np.arange(len(block)).reshape(-1, args.cells_micro)
-                parts = [collate_tokens(take_tokens(block, r), pad=vocab.pad) for r in rows]
+                parts = [collate_tokens(block.take(r), pad=vocab.pad) for r in rows]
                 batches = [objective.corrupt(part, Draw(0)) for part in parts]
             else:
                 make = Collator(objective, vocab.pad, args.cells_micro, 0, packed=form == "packed")

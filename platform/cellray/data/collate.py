@@ -17,7 +17,7 @@ from cellray.core.batch import CellBatch
 from cellray.core.blocks import TokenBlock, row_ids
 from cellray.core.packing import Packing
 
-__all__ = ["collate_packed", "collate_tokens", "take_tokens"]
+__all__ = ["collate_packed", "collate_tokens"]
 
 
 def collate_tokens(
@@ -94,15 +94,6 @@ def collate_packed(
         step=step,
         packing=packing,
     )
-
-
-def take_tokens(block: TokenBlock, rows: npt.NDArray[np.integer]) -> TokenBlock:
-    """The cells at ``rows`` of a token block, in that order."""
-    lengths = np.diff(block.indptr)[rows]
-    indptr = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=indptr[1:])
-    source = np.arange(indptr[-1]) + np.repeat(block.indptr[:-1][rows] - indptr[:-1], lengths)
-    return TokenBlock(block.joinids[rows], indptr, block.tokens[source], block.values[source])
 
 
 def _codes(covariates: Mapping[str, npt.NDArray[np.int64]] | None) -> dict[str, torch.Tensor]:

@@ -18,14 +18,14 @@ import torch
 from cellray.core.batch import CellBatch
 from cellray.core.blocks import CellBlock, TokenBlock
 from cellray.core.errors import CheckpointError, DataError
-from cellray.data.collate import collate_tokens, take_tokens
+from cellray.data.collate import collate_tokens
 from cellray.data.tokens import make_tokenizer, tokenise_content
 from cellray.data.vocab import Vocab
 from cellray.models.base import CellClassifier, CellModel, EmbedsCells
 from cellray.tokenizers.base import Tokenizer
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 
-__all__ = ["LoadedModel", "block_of", "load", "take_tokens"]
+__all__ = ["LoadedModel", "block_of", "load"]
 
 F32 = npt.NDArray[np.float32]
 
@@ -169,7 +169,7 @@ class LoadedModel:
         codes |= dict(covariates or {})
         for start in range(0, len(order), cells_micro):
             rows = order[start : start + cells_micro]
-            part = take_tokens(tokens, rows)
+            part = tokens.take(rows)
             here = {name: code[rows] for name, code in codes.items()}
             yield rows, collate_tokens(part, pad=self.vocab.pad, covariates=here)
 

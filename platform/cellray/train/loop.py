@@ -15,7 +15,7 @@ import numpy.typing as npt
 from cellray.core.batch import CellBatch
 from cellray.core.blocks import TokenBlock
 from cellray.core.draw import Draw
-from cellray.data.collate import collate_packed, collate_tokens, take_tokens
+from cellray.data.collate import collate_packed, collate_tokens
 from cellray.objectives.base import Objective
 from cellray.train.config import OptimSection, TrainSection
 from cellray.train.engine import Engine, StepStats, global_sum
@@ -127,7 +127,7 @@ class Collator:
         for start in range(0, len(block), self.cells_micro):
             rows = order[start : start + self.cells_micro]
             codes = {name: c[rows] for name, c in covariates.items()}
-            part = take_tokens(block, rows)
+            part = block.take(rows)
             batch = collate(part, pad=self.pad, covariates=codes, step=step)
             batches.append(self.objective.corrupt(batch, draw))
         return batches

@@ -7,7 +7,7 @@ import torch
 from cellray.core.batch import CellBatch, pack, unpack
 from cellray.core.blocks import TokenBlock
 from cellray.core.packing import Packing
-from cellray.data.collate import collate_packed, collate_tokens, take_tokens
+from cellray.data.collate import collate_packed, collate_tokens
 
 
 def test_cells_are_padded_to_the_longest():
@@ -101,7 +101,7 @@ def test_narrow_and_wide_types_give_the_same_batch(collate, tokens, values):
 
 
 def test_taken_cells_are_in_the_asked_order():
-    block = take_tokens(ragged(2, [2, 0, 3]), np.array([2, 0, 1]))
+    block = ragged(2, [2, 0, 3]).take(np.array([2, 0, 1]))
     assert block.joinids.tolist() == [2, 0, 1]
     assert block.indptr.tolist() == [0, 3, 5, 5]
     source = ragged(2, [2, 0, 3]).tokens.tolist()
