@@ -28,6 +28,7 @@ SETTINGS = {
     "sm.compute_concurrency_level": "1",
     "sm.io_concurrency_level": "1",
     "soma.init_buffer_bytes": str(4 << 20),
+    "sm.mem.tile_upper_memory_limit": str(8 << 20),
 }
 
 
@@ -99,10 +100,12 @@ def variants() -> dict[str, dict[str, Any]]:
         "data lz4 plain": but(data=[LZ4]),
         "data bitshuffle+lz4": but(data=[BITSHUFFLE, LZ4]),
         "data none": but(data=[]),
+        "capacity 16k": but(capacity=16_384),
         "capacity 32k": but(capacity=32_768),
         "capacity 131k": but(capacity=131_072),
         "capacity 262k": but(capacity=262_144),
         "tile 32": but(tile=32),
+        "tile 32, capacity 32k": but(tile=32, capacity=32_768),
         "tile 128": but(tile=128, capacity=131_072),
         "tile 256": but(tile=256, capacity=262_144),
         "hilbert": but(order="hilbert"),

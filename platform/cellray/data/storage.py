@@ -36,10 +36,19 @@ _THREADS = 1  # each process of a machine that runs many; TileDB's default is on
 # what a chunk of a column holds: chunks that stay in the processor's cache are read up to twice as
 # fast as ones of 64 MB and more
 _BUFFER_BYTES = 4 << 20
+# what a read unpacks at a time; TileDB's own 1 GB unpacks all tiles of a window before it copies
+# the first: a third slower, and memory grows with the number of tiles that a window touches
+_TILE_BYTES = 8 << 20
+# over a network a request waits for its answer: many at a time, and more tiles between two waits
+_REMOTE = {
+    "sm.io_concurrency_level": "16",
+    "sm.mem.tile_upper_memory_limit": str(128 << 20),
+}
 _DEFAULTS = {
     "sm.compute_concurrency_level": str(_THREADS),
     "sm.io_concurrency_level": str(_THREADS),
     "soma.init_buffer_bytes": str(_BUFFER_BYTES),
+    "sm.mem.tile_upper_memory_limit": str(_TILE_BYTES),
     # Of a busy object store some requests fail or hang. TileDB asks again after 25 ms, 50 ms,
     # 100 ms ...: 8 tries are 3.2 s of patience, its own 5 are 0.4 s. A request that delivers
     # nothing for 10 s is given up and made anew.
@@ -158,10 +167,17 @@ def settings(given: Mapping[str, str] | None = None, *, remote: bool = True) -> 
 
 
 @lru_cache(maxsize=8)
-def context(options: Settings = (), at_ms: int | None = None) -> Any:
-    """The TileDB context of this process for these settings, at a moment (ms) or at the latest."""
+def context(options: Settings = (), at_ms: int | None = None, *, remote: bool = False) -> Any:
+    """The TileDB context of this process for these settings.
+
+    Args:
+        options: what was set; it goes over what cellray sets.
+        at_ms: the moment that is looked at; None is the latest.
+        remote: whether it is for an object store.
+    """
     return tiledbsoma.SOMATileDBContext(
-        tiledb_config={**_DEFAULTS, **dict(options)}, timestamp=at_ms
+        tiledb_config={**_DEFAULTS, **(_REMOTE if remote else {}), **dict(options)},
+        timestamp=at_ms,
     )
 
 
@@ -217,7 +233,7 @@ def open_soma(uri: str, options: Settings = (), *, at_ms: int | None = None) -> 
             error that may pass.
     """
     try:
-        return tiledbsoma.open(uri, context=context(options, at_ms))
+        return tiledbsoma.open(uri, context=context(options, at_ms, remote="://" in uri))
     except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
         if "://" in uri and "not a valid TileDB array or group" in str(error):
             raise DataError(f"there is no store at '{uri}'; check the uri") from None

@@ -75,6 +75,16 @@ def test_our_defaults_and_the_users_settings_reach_tiledb():
     assert config["sm.compute_concurrency_level"] == "1"
 
 
+def test_an_object_store_is_read_with_more_requests_and_larger_pieces_than_a_disk():
+    keys = ("sm.io_concurrency_level", "sm.mem.tile_upper_memory_limit")
+    near = storage.context().native_context.config()
+    far = storage.context(remote=True).native_context.config()
+    assert [near[k] for k in keys] == ["1", str(8 << 20)]
+    assert [far[k] for k in keys] == ["16", str(128 << 20)]
+    own = storage.context(((keys[1], "1000000"),), remote=True).native_context.config()
+    assert own[keys[1]] == "1000000"
+
+
 @pytest.mark.parametrize(
     ("error", "advice"),
     [
