@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from cellray.core.errors import DataError
 from cellray.data.files import filesystem, list_files, unfinished_copy
-from cellray.data.locate import address, local_path, refuse_missing
+from cellray.data.locate import address, local_path, local_target, refuse_missing
 from cellray.data.schema import COPY_MARKER
 from cellray.data.storage import Settings, brief, hint
 
@@ -233,6 +233,7 @@ def copy_store(
     path = local_path(source)
     if path is not None:
         refuse_missing(path)
+    local_target(target)
     ends = [_End.of(*address(uri, tiledb)) for uri in (source, target)]
     return _copy(ends[0], ends[1], progress)
 

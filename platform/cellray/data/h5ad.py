@@ -59,7 +59,7 @@ def _judge(values: npt.NDArray[Any]) -> _Verdict:
         example = float(fractions[0])
         looks = "looks log-normalised" if values.max() < 30 else "is not whole numbers"
         return _Verdict(False, f"{looks}, e.g. {example:g}")
-    if len(values) and values.max() > MAX_COUNT:
+    if len(values) and float(values.max()) > MAX_COUNT:
         return _Verdict(False, f"holds {values.max():g}, more than float32 can count ({MAX_COUNT})")
     return _Verdict(True)
 
@@ -351,6 +351,8 @@ class H5adFile:
 
     def advice(self, layer: str) -> str:
         """Where else in this file raw counts are, as the end of an error message."""
+        if layer.startswith(OBSM):
+            return " Give another obsm, or another file, with the raw counts"
         others = [n for n in self.layers if n != layer and self._probe(n).raw]
         if not others:
             return " No other layer of the file holds them."
@@ -415,7 +417,9 @@ class H5adFile:
             return sparse.csr_matrix(_columns(node, first, last))
         if form == "dense":
             self._refuse_large(first, last, (last - first) * int(node.shape[1]))
-            return sparse.csr_matrix(node[first:last])
+            values = node[first:last]
+            half = values.dtype == np.float16  # which scipy does not know
+            return sparse.csr_matrix(values.astype(np.float32) if half else values)
         indptr = node["indptr"][first : last + 1].astype(np.int64)
         start, stop = int(indptr[0]), int(indptr[-1])
         self._refuse_large(first, last, stop - start)

@@ -42,7 +42,7 @@ from cellray.data.joining import (
     refuse_overlap,
     refuse_same_content,
 )
-from cellray.data.locate import local_path
+from cellray.data.locate import local_target
 from cellray.data.measurements import check_measurements, join_cells, look_measurement
 from cellray.data.parts import PART_BLOCKS, Part, Spool
 from cellray.data.quality import CellFigures
@@ -69,6 +69,8 @@ def look_all(config: IngestConfig) -> list[dict[str, Source | None]]:
     found: list[dict[str, Source | None]] = []
     for number, (name, dataset) in enumerate(zip(names, given, strict=True)):
         main = sources.look(config, name, dataset_id=dataset)
+        if config.primary_only:
+            _ = main.primary  # refuses here what it does not understand
         looked: dict[str, Source | None] = {schema.MEASUREMENT: main}
         for other in config.measurements:
             looked[other] = look_measurement(config, other, main, number)
@@ -113,7 +115,8 @@ class _Ingest:
         old_hashes = (
             np.zeros(0, np.uint64) if old is None else old.column(schema.CELL_HASH).to_numpy()
         )
-        primary = [s.primary for s in self.main]
+        everything = [np.ones(s.num_cells, dtype=bool) for s in self.main]
+        primary = [s.primary for s in self.main] if config.primary_only else everything
         kept, dropped = quality.choose(config, scanned, primary, old_hashes)
         total = self.existing.num_cells + sum(int(k.sum()) for k in kept)
         if total == 0:
@@ -287,7 +290,7 @@ def ingest(config: IngestConfig, *, progress: Progress = lambda _: None) -> Inge
             cells are in the store already, or the store cannot be written.
     """
     started = time.monotonic()
-    target = local_path(config.uri)
+    target = local_target(config.uri)
     if target is None:
         return ingest_remote(
             config, lambda local: ingest(local, progress=progress), progress=progress

@@ -43,6 +43,8 @@ class MeasurementConfig(Section):
                 "a measurement needs exactly one of files, obsm, feature_types and modality; "
                 f"given: {', '.join(given) or 'none'}"
             )
+        if self.files and not any(self.files):
+            raise ValueError('files holds only ""; leave the measurement out')
         return self
 
 

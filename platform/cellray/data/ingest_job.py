@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cellray.core.errors import DataError
 from cellray.data.ingest import IngestConfig, IngestReport, ingest, look_all
-from cellray.data.locate import local_path
+from cellray.data.locate import local_target
 
 if TYPE_CHECKING:
     from cellray.runs import IngestRun
@@ -41,7 +41,7 @@ def check_ingest(run: IngestRun) -> list[str]:
     """
     config = run.ingest
     assert isinstance(config, IngestConfig)
-    target = local_path(config.uri)
+    target = local_target(config.uri)
     if target is not None and target.exists() and not config.append:
         raise DataError(
             f"there is a store at '{target}' and ingest.append = false; choose another uri or "

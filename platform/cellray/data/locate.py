@@ -12,8 +12,9 @@ from cellray.data.census import is_census, locate_census
 from cellray.data.schema import COPY_MARKER, STAGING_SUFFIX
 from cellray.data.storage import Settings, settings
 
-__all__ = ["address", "local_path", "refuse_missing"]
+__all__ = ["address", "local_path", "local_target", "refuse_missing"]
 
+_NO_PATH = "?#"
 _SHOWN = 8  # names listed in a message
 _SWAP_S = 2.0  # an append puts its store in place by two renames; between them there is none
 _SWAP_POLL_S = 0.005
@@ -42,6 +43,25 @@ def local_path(uri: str) -> Path | None:
     """The absolute local path a URI means, or None for an object store."""
     text = uri.removeprefix("file://")
     return None if "://" in text else Path(os.path.abspath(Path(text).expanduser()))
+
+
+def local_target(uri: str) -> Path | None:
+    """:func:`local_path` of a store that is to be written.
+
+    Raises:
+        DataError: a path at which TileDB could not, or cellray would not, find it again.
+    """
+    path = local_path(uri)
+    if path is None:
+        return None
+    wrong = next((c for c in _NO_PATH if c in str(path)), "")
+    if wrong:
+        raise DataError(f"'{path}' holds '{wrong}', which TileDB takes for a URL's; rename it")
+    if any(part.endswith(STAGING_SUFFIX) for part in path.parts):
+        raise DataError(
+            f"'{path}' ends in {STAGING_SUFFIX}, the name of an unfinished ingest; choose another"
+        )
+    return path
 
 
 def _is_group(path: Path) -> bool:

@@ -30,7 +30,7 @@ from cellray.core.memory import keep_freed_memory
 from cellray.data import schema
 from cellray.data.digest import cell_hashes, content_digest, hash64
 from cellray.data.existing import library_figures
-from cellray.data.locate import local_path
+from cellray.data.locate import local_path, local_target
 from cellray.data.sketch import Sketch, SketchBuilder, quantile, sketch_counts
 from cellray.data.soma import Store, open_store
 from cellray.data.staging import staging
@@ -178,7 +178,7 @@ def relayout(
 
 
 def _free_target(target: str) -> Path:
-    path = local_path(target)
+    path = local_target(target)
     if path is None:
         raise DataError(f"the target '{target}' is not a local folder; write it there and copy it")
     if path.exists():

@@ -215,6 +215,17 @@ def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
     return pa.large_string()
 
 
+def _exact(column: pa.ChunkedArray, kind: pa.DataType) -> bool:
+    """Whether numbers stay what they are in another type of number."""
+    if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)) or column.type == kind:
+        return True
+    try:
+        column.cast(kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
 def _is_text(kind: pa.DataType) -> bool:
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
@@ -230,7 +241,8 @@ def unify(tables: Sequence[pa.Table]) -> pa.Table:
     """Stack obs tables: the union of their columns, null where a table has none.
 
     Columns keep their type if all tables agree; integers and floats of different width widen; a
-    column whose kind differs between tables becomes text. Strings are dictionary-encoded unless
+    column whose kind differs between tables, or of numbers that no common type holds exactly (ids
+    beyond 2^53 beside floats), becomes text. Strings are dictionary-encoded unless
     almost every cell has its own.
 
     Raises:
@@ -245,6 +257,8 @@ def unify(tables: Sequence[pa.Table]) -> pa.Table:
         # an all-null column (nobody filled it in) says nothing about the type
         known = [p.type for p in parts if p is not None and p.null_count < len(p)]
         kind = _common_type(known) if known else pa.large_string()
+        if not all(p is None or _exact(p, kind) for p in parts):
+            kind = pa.large_string()
         filled = [
             pa.chunked_array([pa.nulls(len(t), kind)])
             if p is None or p.null_count == len(p)

@@ -19,7 +19,7 @@ from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.data import schema
 from cellray.data.digest import cell_hashes, content_digest, hash64
 from cellray.data.genes import GeneMapping, map_genes
-from cellray.data.h5ad import H5adFile, check_counts, file_of
+from cellray.data.h5ad import MAX_COUNT, H5adFile, check_counts, file_of
 from cellray.data.ingest_config import IngestConfig
 
 __all__ = [
@@ -42,6 +42,7 @@ Bools = npt.NDArray[np.bool_]
 _ORGANISM_COLUMNS = ("organism", "organism_ontology_term_id", "species")
 _FEATURE_TYPES = "feature_types"
 _PRIMARY = "is_primary_data"
+_TRUE, _FALSE = ("true", "1", "1.0"), ("false", "0", "0.0")
 _IDS_AT_ONCE = 65_536
 
 
@@ -106,13 +107,24 @@ class Source:
 
     @property
     def primary(self) -> Bools:
-        """(N,) false for cells that say that they are copies (Census' ``is_primary_data``)."""
+        """(N,) false for cells that say that they are copies (Census' ``is_primary_data``).
+
+        Raises:
+            DataError: the column says neither true nor false (or 1 or 0).
+        """
         if _PRIMARY not in self.obs.column_names:
             return np.ones(self.num_cells, dtype=bool)
         column = self.obs.column(_PRIMARY)
-        texts = pc.utf8_lower(column.cast(pa.large_string()))
-        said = pc.fill_null(pc.not_equal(texts, "false"), True)
-        result: Bools = said.combine_chunks().to_numpy(zero_copy_only=False)
+        texts = pc.utf8_lower(column.cast(pa.large_string())).combine_chunks()
+        known = pc.is_in(texts, pa.array([*_TRUE, *_FALSE, None], pa.large_string()))
+        if not pc.all(known).as_py() and len(texts):
+            strange = texts.filter(pc.invert(known))[0].as_py()
+            raise DataError(
+                f"'{self.path}': obs {_PRIMARY} holds {strange!r}; it must be true or false (or "
+                "1 or 0). Correct the column, or set ingest.primary_only = false"
+            )
+        said = pc.invert(pc.is_in(texts, pa.array(_FALSE, pa.large_string())))
+        result: Bools = said.to_numpy(zero_copy_only=False)
         return result
 
     def counts(self, spool: Path | None = None) -> Counts:
@@ -352,6 +364,12 @@ def _moved(
     width = int(counts.rows.max()) + 1
     moved = sparse.csr_matrix((data, genes, indptr), shape=(block.shape[0], width))
     moved.sum_duplicates()
+    # a sum that passes 2^24 in float32 may have been rounded down to it
+    if len(moved.data) < len(data) and moved.data.max() >= MAX_COUNT:
+        raise DataError(
+            f"'{counts.path}' layer {counts.layer}: counts of rows with the same gene id add up to "
+            f"{MAX_COUNT} or more, beyond which float32 cannot count; make the gene ids unique"
+        )
     moved.eliminate_zeros()
     return moved
 

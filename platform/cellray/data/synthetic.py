@@ -24,7 +24,7 @@ import tiledbsoma
 from cellray.core.errors import ConfigError, DataError
 from cellray.data import schema
 from cellray.data.digest import cell_hashes, content_digest, hash64
-from cellray.data.locate import local_path
+from cellray.data.locate import local_target
 from cellray.data.staging import staging
 from cellray.data.synthetic_biology import Biology, biology
 from cellray.data.synthetic_blocks import BlockJob, write_blocks
@@ -230,7 +230,7 @@ def refuse_existing(config: SynthesizeConfig) -> Path:
     """
     if not config.uri:
         raise ConfigError("uri is missing: the folder of the store to make, e.g. uri=runs/atlas")
-    target = local_path(config.uri)
+    target = local_target(config.uri)
     if target is None:
         raise DataError(
             f"synthesize writes to a local folder, not to '{config.uri}'; make the atlas locally, "

@@ -395,3 +395,53 @@ def test_obs_of_old_and_new_anndata_are_the_same(write_h5ad, tmp_path):
     assert frame["donor"].isna().tolist() == [False, True, False]
     assert frame["n"].tolist() == wanted["n"].tolist()
     assert frame["f"].isna().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "said", [[1, 0, 1], [1.0, 0.0, np.nan], ["True", "FALSE", "true"], pd.Categorical(list("101"))]
+)
+def test_copies_by_whatever_word(write_h5ad, tmp_path, said):
+    path = write_h5ad("a.h5ad", COUNTS[:3, :9], obs={"is_primary_data": said})
+    report = run(path, tmp_path / "s", primary_only=True)
+    assert report.files[0].dropped == {"primary_only": 1}
+    assert open_store(str(tmp_path / "s")).obs()["obs_id"].tolist() == ["cell0", "cell2"]
+
+
+def test_a_word_that_is_neither_true_nor_false_is_refused_before_anything_is_read(
+    write_h5ad, tmp_path
+):
+    path = write_h5ad("a.h5ad", COUNTS[:3, :9], obs={"is_primary_data": ["yes", "no", "maybe"]})
+    with pytest.raises(DataError, match=r"is_primary_data holds 'yes'; it must be true or false"):
+        run(path, tmp_path / "s", primary_only=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.h5ad"]
+    assert run(path, tmp_path / "s").num_cells == 3  # the rule was not asked for
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("s?", r"holds '\?'"), ("a#1", "holds '#'"), ("s.ingesting", "ends in .ingesting")],
+)
+def test_a_path_at_which_a_store_would_be_lost_is_refused(three, tmp_path, name, reason):
+    with pytest.raises(DataError, match=reason):
+        run(three[0], tmp_path / name)
+    assert not (tmp_path / name).exists()
+
+
+def test_sums_beyond_float32_are_refused(write_h5ad, tmp_path):
+    genes = ["ENSG00000000003", "ENSG00000000003.2", "ENSG00000000005"]
+    path = write_h5ad("a.h5ad", np.array([[1 << 24, 1, 5]], np.float32), genes)
+    with pytest.raises(DataError, match="same gene id add up to 16777216 or more"):
+        run(path, tmp_path / "s", duplicate_genes="sum")
+    whole = write_h5ad("b.h5ad", np.array([[1 << 24, 5]], np.float32), genes[1:])
+    assert run(whole, tmp_path / "t", duplicate_genes="sum").num_cells == 1
+
+
+def test_counts_of_half_precision(write_h5ad, tmp_path):
+    path = write_h5ad("a.h5ad", COUNTS[:3, :9])
+    adata = ad.read_h5ad(path)
+    adata.X = adata.X.toarray().astype(np.float16)
+    adata.write_h5ad(tmp_path / "half.h5ad")
+    run(str(tmp_path / "half.h5ad"), tmp_path / "s")
+    store = open_store(str(tmp_path / "s"))
+    block = store.read_block(np.arange(3), np.arange(9, dtype=np.int32))
+    assert np.array_equal(dense(block, 9), COUNTS[:3, :9])

@@ -214,3 +214,19 @@ def test_real_cite(cellray_data, tmp_path):
     run([path], tmp_path / "s", measurements={"ADT": {"obsm": "protein_counts"}})
     wanted = np.asarray(ad.read_h5ad(path).obsm["protein_counts"])
     assert (matrix(tmp_path / "s", "ADT") == wanted).all()
+
+
+def test_files_without_any_name_are_refused(pair, tmp_path):
+    with pytest.raises(ConfigError, match='files holds only ""; leave the measurement out'):
+        run([pair[0]], tmp_path / "s", measurements={"ADT": {"files": [""]}})
+
+
+def test_an_obsm_without_raw_counts_names_no_layer_of_the_genes(tmp_path):
+    adata = make_adata(make_counts(4, 6))
+    adata.obsm["protein"] = pd.DataFrame(
+        np.full((4, 2), 0.5), index=adata.obs_names, columns=["CD3", "CD4"]
+    )
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    with pytest.raises(DataError, match=r"protein.*Give another obsm") as found:
+        run([tmp_path / "a.h5ad"], tmp_path / "s", measurements={"ADT": {"obsm": "protein"}})
+    assert "ingest.layer" not in str(found.value)

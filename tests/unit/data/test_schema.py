@@ -98,3 +98,18 @@ def test_a_second_unify_changes_nothing():
 def test_nothing_to_stack():
     with pytest.raises(DataError, match="no obs tables to stack"):
         schema.unify([])
+
+
+def test_numbers_that_no_type_of_both_holds_become_text():
+    big = 1 << 60
+    joined = schema.unify([pa.table({"c": [big, 1]}), pa.table({"c": [0.5]})])
+    assert joined.column("c").to_pylist() == [str(big), "1", "0.5"]
+    unsigned = pa.table({"c": pa.array([(1 << 63) + 1], pa.uint64())})
+    assert schema.unify([unsigned, pa.table({"c": [-1]})]).column("c").to_pylist() == [
+        str((1 << 63) + 1),
+        "-1",
+    ]
+    assert schema.unify([pa.table({"c": [3]}), pa.table({"c": [0.5]})]).column("c").to_pylist() == [
+        3.0,
+        0.5,
+    ]
