@@ -3,32 +3,55 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
 
+import numba
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from cellray.core.draw import splitmix64
+from cellray.data import schema
 
-__all__ = ["cell_hashes", "content_digest", "hash64"]
+__all__ = ["Strings", "cell_hashes", "content_digest", "digest_of_cells", "hash64"]
 
 U64 = npt.NDArray[np.uint64]
-Strings = Sequence[str] | npt.NDArray[np.generic]
+I64 = npt.NDArray[np.int64]
+Strings: TypeAlias = Sequence[str] | npt.NDArray[np.generic] | pa.Array | pa.ChunkedArray
 
-_CHUNK = 1 << 16  # strings hashed at a time: bounds the padded byte matrix
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _hash_texts(offsets: I64, data: npt.NDArray[np.uint8], salt: np.uint64, out: U64) -> None:
+    """SplitMix64 over the little-endian 8-byte words of each text, from its length on."""
+    golden, first = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
+    second = np.uint64(0x94D049BB133111EB)
+    for i in range(len(out)):
+        begin, end = offsets[i], offsets[i + 1]
+        word = np.uint64(end - begin) ^ salt
+        state = np.uint64(0)
+        at = begin
+        while True:
+            z = (state ^ word) + golden
+            z = (z ^ (z >> np.uint64(30))) * first
+            z = (z ^ (z >> np.uint64(27))) * second
+            state = z ^ (z >> np.uint64(31))
+            if at >= end:
+                break
+            word = np.uint64(0)
+            for k in range(min(8, end - at)):
+                word |= np.uint64(data[at + k]) << np.uint64(8 * k)
+            at += 8
+        out[i] = state
 
 
-def _hash_chunk(texts: npt.NDArray[np.str_], salt: np.uint64) -> U64:
-    encoded = np.char.encode(texts, "utf-8")
-    width = max(8, -(-encoded.dtype.itemsize // 8) * 8)
-    words = encoded.astype(f"S{width}").view("<u8").reshape(len(texts), width // 8)
-    lengths = np.char.str_len(encoded).astype(np.uint64)
-    state = splitmix64(lengths ^ salt)
-    for column in range(words.shape[1]):
-        # a word past a string's end must not count: the hash may not depend on its neighbours
-        mixed = splitmix64(state ^ words[:, column].astype(np.uint64))
-        state = np.where(lengths > np.uint64(8 * column), mixed, state)
-    return state
+def _texts(values: Strings) -> pa.LargeStringArray:
+    if isinstance(values, pa.ChunkedArray):
+        values = values.combine_chunks()
+    if not isinstance(values, pa.Array):
+        values = pa.array([str(v) for v in values], pa.large_string())
+    texts = values if pa.types.is_large_string(values.type) else values.cast(pa.large_string())
+    return texts.fill_null("None") if texts.null_count else texts
 
 
 def hash64(values: Strings, *, salt: int = 0) -> U64:
@@ -38,18 +61,21 @@ def hash64(values: Strings, *, salt: int = 0) -> U64:
     machines, processes and versions of any library.
 
     Args:
-        values: N strings; anything else is hashed as ``str(value)``.
+        values: N strings, fastest as Arrow's; anything else is hashed as ``str(value)``.
         salt: another salt gives an independent hash.
 
     Returns:
         (N,) uint64.
     """
     key = splitmix64(np.array([salt], dtype=np.int64).astype(np.uint64))[0]
-    texts = np.asarray(values)
-    if texts.dtype.kind != "U":
-        texts = np.array([str(v) for v in values], dtype=np.str_)
-    parts = [_hash_chunk(texts[i : i + _CHUNK], key) for i in range(0, len(texts), _CHUNK)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint64)
+    texts = _texts(values)
+    hashes = np.zeros(len(texts), dtype=np.uint64)
+    if len(texts):
+        _, offsets, data = texts.buffers()
+        bounds = np.frombuffer(offsets, dtype=np.int64)[texts.offset :][: len(texts) + 1]
+        held = np.frombuffer(data, np.uint8) if data is not None else np.zeros(0, np.uint8)
+        _hash_texts(bounds, held, key, hashes)
+    return hashes
 
 
 def cell_hashes(
@@ -94,3 +120,21 @@ def content_digest(cell_ids: Strings | U64, hashes: U64) -> str:
     digest = hashlib.sha256(f"cells:{len(hashes)}".encode())
     digest.update(np.ascontiguousarray(pairs[order]).data)
     return digest.hexdigest()
+
+
+def digest_of_cells(obs: Iterable[pa.Table], joinids: I64, id_column: str) -> str:
+    """:func:`content_digest` of some cells of an obs that comes in pieces; 32 bytes a cell.
+
+    Args:
+        obs: tables with ``soma_joinid``, ``id_column`` and the cell hashes, in any order.
+        joinids: (N,) ascending, the cells that count; all of them must come.
+        id_column: obs column with the cell ids.
+    """
+    ids, hashes = np.zeros(len(joinids), np.uint64), np.zeros(len(joinids), np.uint64)
+    for table in obs:
+        found = table.column(schema.JOINID).to_numpy()
+        rows = np.minimum(np.searchsorted(joinids, found), len(joinids) - 1)
+        met = joinids[rows] == found
+        ids[rows[met]] = hash64(table.column(id_column))[met]
+        hashes[rows[met]] = table.column(schema.CELL_HASH).to_numpy()[met].astype(np.uint64)
+    return content_digest(ids, hashes)

@@ -15,7 +15,7 @@ from cellray.core.errors import DataError
 from cellray.data import schema
 from cellray.data.digest import hash64
 from cellray.data.sketch import Sketch
-from cellray.data.sources import Source, hash_ids, scan
+from cellray.data.sources import Source, scan
 
 __all__ = ["Existing", "JoinedGenes", "OldVar", "join", "refuse_overlap", "refuse_same_content"]
 
@@ -104,7 +104,7 @@ def _old_cell_ids(existing: Existing, dataset_id: str) -> U64:
         return np.zeros(0, np.uint64)
     datasets = existing.obs.column(schema.DATASET_ID).cast(pa.large_string())
     ids = existing.obs.column(schema.OBS_ID).filter(pc.equal(datasets, dataset_id))
-    return hash_ids(ids.cast(pa.large_string()).combine_chunks())
+    return hash64(ids.cast(pa.large_string()).combine_chunks())
 
 
 def refuse_same_content(source: Source, content: str, entry: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ import pyarrow as pa
 
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.data import schema
+from cellray.data.digest import hash64
 from cellray.data.genes import GeneMapping
 from cellray.data.h5ad import MODALITY, OBSM, H5adFile, file_of
 from cellray.data.ingest_config import IngestConfig, MeasurementConfig
-from cellray.data.sources import Source, digest_of_ids, hash_ids, unique_ids
+from cellray.data.sources import Source, digest_of_ids, unique_ids
 
 __all__ = ["check_measurements", "join_cells", "look_measurement", "origin"]
 
@@ -110,7 +111,7 @@ def _look(
         layer=layer,
         obs=pa.table({}),
         cell_ids=cell_ids,
-        id_hashes=hash_ids(cell_ids) if apart else main.id_hashes,
+        id_hashes=hash64(cell_ids) if apart else main.id_hashes,
         ids_sha256=digest_of_ids(cell_ids) if apart else main.ids_sha256,
         taken=taken,
         genes=GeneMapping(tuple(ids), tuple(names), {}, 0, ""),

@@ -22,7 +22,7 @@ import tiledbsoma
 from cellray.core.blocks import CellBlock
 from cellray.core.errors import DataError, did_you_mean
 from cellray.data import schema, snapshot
-from cellray.data.digest import content_digest
+from cellray.data.digest import content_digest, digest_of_cells
 from cellray.data.files import fragments
 from cellray.data.locate import address, local_path
 from cellray.data.opening import open_experiment
@@ -37,6 +37,7 @@ I64 = npt.NDArray[np.int64]
 I32 = npt.NDArray[np.int32]
 T = TypeVar("T")
 
+_MANY = 10  # of so many cells one is asked for: then rows are named, else all are read
 _COUNT_PLAIN_CELLS = 1_000_000  # beyond this, plain string columns are not counted for `show`
 
 
@@ -381,12 +382,6 @@ class Store:
             for name in columns
         }
 
-    def _cell_ids(self, joinids: I64) -> list[str]:
-        column = next((c for c in schema.CELL_IDS if c in self._obs_types), schema.JOINID)
-        table = self._obs_table([column], value_filter=None, joinids=joinids)
-        frame = _to_pandas(table).set_index(schema.JOINID, drop=False).loc[joinids]
-        return [str(v) for v in frame[column]]
-
     def fingerprint(self, joinids: I64) -> str:
         """SHA-256 that says which cells, and which counts of them, a run was given.
 
@@ -409,8 +404,14 @@ class Store:
         # the hash in obs is of the counts of RNA
         if schema.CELL_HASH not in self._obs_types or self.measurement != schema.MEASUREMENT:
             return self._snapshot_digest(ascending)
-        hashes = self._obs_arrays(ascending, [schema.CELL_HASH])[schema.CELL_HASH]
-        return content_digest(self._cell_ids(ascending), hashes.astype(np.uint64))
+        name = next((c for c in schema.CELL_IDS if c in self._obs_types), schema.JOINID)
+        columns = list(dict.fromkeys([schema.JOINID, name, schema.CELL_HASH]))
+        few = len(ascending) < self.num_cells // _MANY
+        coords = (pa.array(ascending),) if few else ()
+        return self._asked(
+            "obs",
+            lambda e: digest_of_cells(e.obs.read(coords, column_names=columns), ascending, name),
+        )
 
     def _snapshot_digest(self, ascending: I64) -> str:
         until = parse_moment(self.timestamp) if self.timestamp else None

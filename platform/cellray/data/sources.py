@@ -28,7 +28,6 @@ __all__ = [
     "Source",
     "blocks",
     "digest_of_ids",
-    "hash_ids",
     "list_files",
     "look",
     "scan",
@@ -177,14 +176,6 @@ def _row_sums(
     return sums
 
 
-def hash_ids(ids: pa.LargeStringArray) -> U64:
-    """(N,) hash of each id."""
-    parts = [
-        hash64(ids.slice(i, _IDS_AT_ONCE).to_pylist()) for i in range(0, len(ids), _IDS_AT_ONCE)
-    ]
-    return np.concatenate([np.zeros(0, np.uint64), *parts])
-
-
 def digest_of_ids(ids: pa.LargeStringArray) -> str:
     """SHA-256 of the sorted ids, one a line."""
     ordered = ids.take(pc.array_sort_indices(ids))
@@ -312,7 +303,7 @@ def _look(config: IngestConfig, name: str, file: H5adFile, given_id: str) -> Sou
         layer=layer,
         obs=obs,
         cell_ids=ids,
-        id_hashes=hash_ids(ids),
+        id_hashes=hash64(ids),
         ids_sha256=digest_of_ids(ids),
         taken=taken,
         genes=genes,

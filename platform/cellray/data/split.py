@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 
 from cellray.core.errors import ConfigError
-from cellray.data.digest import hash64
+from cellray.data.digest import Strings, hash64
 
 __all__ = ["hash_unit", "split_by"]
-
-Strings = Sequence[str] | npt.NDArray[np.generic]
 
 
 def hash_unit(values: Strings, *, salt: int = 0) -> npt.NDArray[np.float64]:
