@@ -16,6 +16,7 @@ from pydantic import Field, model_validator
 from cellray.core import registry
 from cellray.core.errors import ConfigError, did_you_mean
 from cellray.core.section import (
+    MAX_SEED,
     Section,
     apply_overrides,
     build_section,
@@ -64,7 +65,7 @@ class Run(Section):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
 class IngestRun(Run):
@@ -184,7 +185,7 @@ class BenchmarkRun(Run):
     data: DataSection
     methods: dict[str, str] = {}
     baselines: list[str] = ["majority", "logistic", "knn"]
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     overrides: list[str] = []
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()

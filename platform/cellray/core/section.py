@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from cellray.core.errors import ConfigError, did_you_mean
 
 __all__ = [
+    "MAX_SEED",
     "Section",
     "apply_overrides",
     "build_section",
@@ -29,6 +30,8 @@ __all__ = [
     "to_dict",
     "to_toml",
 ]
+
+MAX_SEED = (1 << 32) - 1  # the largest that every library takes
 
 
 class Section(BaseModel):

@@ -230,11 +230,12 @@ def copy_store(
         DataError: no store at the source, something else at the target, a source that changes
             meanwhile (run it again), or a storage that fails.
     """
-    path = local_path(source)
+    local_target(target)
+    places = [address(uri, tiledb) for uri in (source, target)]
+    path = local_path(places[0][0])  # of a release of the Census, its address
     if path is not None:
         refuse_missing(path)
-    local_target(target)
-    ends = [_End.of(*address(uri, tiledb)) for uri in (source, target)]
+    ends = [_End.of(*place) for place in places]
     return _copy(ends[0], ends[1], progress)
 
 

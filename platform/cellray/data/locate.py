@@ -61,6 +61,12 @@ def local_target(uri: str) -> Path | None:
         raise DataError(
             f"'{path}' ends in {STAGING_SUFFIX}, the name of an unfinished ingest; choose another"
         )
+    around = next((p for p in path.parents if _is_tiledb(p)), None)
+    if around is not None:
+        raise DataError(
+            f"'{path}' lies in the store '{around}', which would lose it when it is next written; "
+            "choose a place beside it"
+        )
     return path
 
 

@@ -30,6 +30,7 @@ from cellray.core.memory import keep_freed_memory
 from cellray.data import schema
 from cellray.data.digest import cell_hashes, content_digest, hash64
 from cellray.data.existing import library_figures
+from cellray.data.h5ad import check_counts
 from cellray.data.locate import local_path, local_target
 from cellray.data.sketch import Sketch, SketchBuilder, quantile, sketch_counts
 from cellray.data.soma import Store, open_store
@@ -234,6 +235,11 @@ def _write_x(
             if i + 1 < len(spans):
                 ahead = reader.submit(store.read_block, joinids[spans[i + 1]], every_gene)
             indptr, genes, counts = block.indptr, block.genes, block.counts
+            check_counts(
+                counts,
+                where=f"'{store.uri}' layer {store.layer}, cells {span.start}-{span.stop - 1},",
+                advice=" Name the layer that has them (--layer)",
+            )
             matrix = sparse.csr_matrix((counts, genes, indptr), shape=(len(block), num_genes))
             write_block(x, matrix, span.start, num_genes)
             total = np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64)])

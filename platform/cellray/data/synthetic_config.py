@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from cellray.core.section import Section
+from cellray.core.section import MAX_SEED, Section
 
 __all__ = ["SynthesizeConfig"]
 
@@ -62,11 +62,11 @@ class SynthesizeConfig(Section):
 
     uri: str = ""
     overwrite: bool = False
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     num_cells: int = Field(default=100_000, ge=1)
     num_genes: int = Field(default=32_000, ge=50)
     mean_genes_per_cell: float = Field(default=1845.0, gt=0)
-    library_size: float = Field(default=0.0, ge=0)
+    library_size: float = Field(default=0.0, ge=0, le=1e7)
     library_size_sigma: float = Field(default=0.5, ge=0, le=3)
     zipf_exponent: float = Field(default=1.0, ge=0, le=3)
     dispersion: float = Field(default=0.25, ge=0, le=100)

@@ -11,6 +11,7 @@ from cells_by_hand import dense
 from cellray.core.errors import ConfigError, DataError
 from cellray.data.census import locate_census
 from cellray.data.config import DataSection
+from cellray.data.copying import copy_store
 from cellray.data.locate import address
 from cellray.data.soma import open_store
 from helpers_census import census_counts, write_census, write_organism
@@ -152,3 +153,13 @@ def test_an_x_that_is_larger_than_var_is_read(tmp_path, census):
     assert (store.num_cells, store.num_genes) == (40, 50)
     every = np.arange(50, dtype=np.int32)
     assert (dense(store.read_block(np.arange(40), every), 50) == MOUSE).all()
+
+
+def test_an_organism_can_be_copied(census, tmp_path):
+    report = copy_store(f"census:{census}/mus_musculus", str(tmp_path / "mouse"))
+    assert report.files == report.files_copied > 0
+    every = np.arange(50, dtype=np.int32)
+    block = open_store(str(tmp_path / "mouse")).read_block(np.arange(40), every)
+    assert np.array_equal(dense(block, 50), MOUSE)
+    with pytest.raises(DataError, match="no store at .*census_data/homo_sapien'"):
+        copy_store(f"census:{census}/homo_sapien", str(tmp_path / "other"))

@@ -12,6 +12,7 @@ from cells_by_hand import dense, make_counts
 from cellray.cli import main
 from cellray.core.errors import ConfigError, DataError
 from cellray.data import relayout as module
+from cellray.data.copying import copy_store
 from cellray.data.digest import cell_hashes, hash64
 from cellray.data.existing import stored_library_sizes
 from cellray.data.ingest import IngestConfig, ingest
@@ -234,3 +235,23 @@ def test_the_new_store_keeps_medians_and_library_sizes(census, tmp_path):
     assert np.abs(store.nonzero_medians() / exact - 1).max() <= MAX_RELATIVE_ERROR
     sizes = store.read_block(rows, every).library_sizes
     assert stored_library_sizes(store.uri)[0.5] == pytest.approx(np.median(sizes))
+
+
+def test_a_layer_without_raw_counts_is_refused_and_nothing_is_written(census, tmp_path):
+    with tiledbsoma.open(f"{census}/ms/RNA/X", "w") as layers:
+        halves = layers.add_new_sparse_ndarray(
+            "normalized", type=pa.float32(), shape=(NUM_CELLS, NUM_GENES)
+        )
+        halves.write(
+            pa.table({"soma_dim_0": [3], "soma_dim_1": [2], "soma_data": np.float32([0.5])})
+        )
+    with pytest.raises(DataError, match=r"layer normalized, cells .*Raw counts are needed. Name"):
+        relayout(census, str(tmp_path / "store"), layer="normalized")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_inside_a_store_is_refused(census, tmp_path, make_store):
+    inside = f"{make_store(COUNTS[:9]).uri}/sub"
+    for write in (relayout, copy_store):
+        with pytest.raises(DataError, match="lies in the store .*would lose it"):
+            write(census, inside)
