@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from cellray.core.errors import CheckpointError, ConfigError, DataError, TrackingError
-from cellray.core.section import to_toml
+from cellray.core.section import merge, to_toml
 from cellray.data.vocab import Vocab
 from cellray.infer.load import load
 from cellray.ops.show import show
@@ -192,16 +192,17 @@ def test_a_killed_worker_resumes_from_the_checkpoint_with_the_same_losses(
         assert finals[step]["validation/loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-def test_a_killed_driver_is_continued_by_the_same_command(small_store, whole, tmp_path):
-    result, _ = whole
-    config = tmp_path / "run.toml"
-    config.write_text(to_toml(pretrain_raw(small_store, tmp_path / "runs")))
-    command = [sys.executable, "-m", "cellray.cli", "pretrain", str(config)]
+def kill_driver_and_go_on(uri, tmp_path, *, first, then):
+    """Kill a run's driver and workers after a checkpoint, then give the command again."""
+    commands = []
+    for number, over in enumerate((first, then)):
+        config = tmp_path / f"run{number}.toml"
+        config.write_text(to_toml(pretrain_raw(uri, tmp_path / "runs", **over)))
+        commands.append([sys.executable, "-m", "cellray.cli", "pretrain", str(config)])
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
     snapshot = tmp_path / "runs" / "pre" / "checkpoints" / "checkpoint_manager_snapshot.json"
     driver = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        commands[0], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 180
@@ -212,12 +213,42 @@ def test_a_killed_driver_is_continued_by_the_same_command(small_store, whole, tm
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=300
+        commands[1], env=environment, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stdout or "already finished" in done.stdout
-    finals = {int(r["step"]): r for r in progress(tmp_path / "runs" / "pre")}
-    for row in progress(result.run_dir):
-        if "validation/loss" in row:
-            got = finals[int(row["step"])]["validation/loss"]
-            assert got == pytest.approx(row["validation/loss"], rel=1e-5)
+    return progress(tmp_path / "runs" / "pre")
+
+
+def assert_same_validation(rows, reference, *, rel):
+    finals = {int(r["step"]): r for r in rows}
+    judged = [r for r in reference if "validation/loss" in r]
+    assert judged
+    for row in judged:
+        got = finals[int(row["step"])]["validation/loss"]
+        assert got == pytest.approx(row["validation/loss"], rel=rel)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_is_continued_by_the_same_command(small_store, whole, tmp_path):
+    rows = kill_driver_and_go_on(small_store, tmp_path, first={}, then={})
+    assert_same_validation(rows, progress(whole[0].run_dir), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_killed_run_goes_on_with_another_number_of_workers(
+    small_store, whole, tmp_path, before, after
+):
+    """Mid-epoch; the cells of a step are the same, so the losses are those of the whole run."""
+    torch = {"engine": {"name": "torch", "zero_stage": 0}, "train": {"steps": 40}}
+    unbroken = run_job(
+        pretrain_run(small_store, tmp_path, **merge(torch, {"scale": {"workers": before}}))
+    )
+    rows = kill_driver_and_go_on(
+        small_store,
+        tmp_path,
+        first=merge(torch, {"scale": {"workers": before}}),
+        then=merge(torch, {"scale": {"workers": after}}),
+    )
+    assert_same_validation(rows, progress(unbroken.run_dir), rel=1e-4)

@@ -106,6 +106,7 @@ class _Ingest:
     def run(self) -> Assembly:
         """Read and write everything but obs, var and the groups."""
         config, main = self.config, self.channels[schema.MEASUREMENT]
+        quality.refuse_idle(config, main.genes.mito)
         refuse_overlap(self.existing, self.main, main.genes, config.cells_per_block)
         parts.prepare(self.folder)
         self._spool()

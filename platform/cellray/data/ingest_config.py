@@ -65,7 +65,9 @@ class IngestConfig(Section):
             Ensembl ids, consulted where the index holds none.
         dataset_ids: one name a file; default: the file names without ``.h5ad``.
         cell_id_column: obs column with the cell ids; "" takes the index.
-        duplicate_genes: ``error``, or ``sum``: add the counts of rows with the same gene id.
+        duplicate_genes: ``error``, or ``sum``: add the counts of rows with the same gene id. Rows
+            with ids of their own that mean one gene (a symbol beside its Ensembl id) are always
+            added up, and the report says how many.
         append: add to a store that is there; false refuses if there is one.
         cells_per_block: rows read, checked and written at a time.
         workers: processes that read and write, as Ray tasks. 1: this process alone, without Ray;

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from cellray.core.errors import DataError
 from cellray.data.ingest_config import IngestConfig
 
-__all__ = ["CellFigures", "choose", "duplicates", "needs_scan", "refuse_nothing"]
+__all__ = ["CellFigures", "choose", "duplicates", "needs_scan", "refuse_idle", "refuse_nothing"]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -126,6 +126,24 @@ def _drop_duplicates(
         mask[rows[copies]] = False
         if copies.any():
             counts["duplicate_cells"] = int(copies.sum())
+
+
+def refuse_idle(config: IngestConfig, mito: Bools) -> None:
+    """Refuse a rule that could leave out no cell, as nothing it looks at is there.
+
+    Args:
+        config: the ``[ingest]`` table.
+        mito: (V,) which genes are mitochondrial.
+
+    Raises:
+        DataError: a bound on the mitochondrial share, and no mitochondrial gene.
+    """
+    if config.max_mito_fraction < 1.0 and not mito.any():
+        raise DataError(
+            f"max_mito_fraction = {config.max_mito_fraction:g} would leave out no cell: no gene "
+            "has a symbol that starts with MT- or mt-. Give the symbols in var (feature_name), or "
+            "set it to 1.0 if the files leave these genes out"
+        )
 
 
 def refuse_nothing(config: IngestConfig, dropped: Sequence[dict[str, int]], num_cells: int) -> None:

@@ -445,3 +445,9 @@ def test_counts_of_half_precision(write_h5ad, tmp_path):
     store = open_store(str(tmp_path / "s"))
     block = store.read_block(np.arange(3), np.arange(9, dtype=np.int32))
     assert np.array_equal(dense(block, 9), COUNTS[:3, :9])
+
+
+def test_a_rule_about_genes_that_are_not_there_is_refused(three, tmp_path):
+    with pytest.raises(DataError, match=r"max_mito_fraction = 0.2 would leave out no cell: no gen"):
+        run(three[0], tmp_path / "s", max_mito_fraction=0.2)
+    assert not (tmp_path / "s").exists()
