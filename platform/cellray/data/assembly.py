@@ -5,7 +5,7 @@ Legend: N cells of a file, V features of a measurement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cellray.data.joining import Existing, JoinedGenes, OldVar
 from cellray.data.measurements import origin
 from cellray.data.parts import Part
 from cellray.data.quality import CellFigures, duplicates
-from cellray.data.sketch import SketchBuilder, quantile
+from cellray.data.sketch import UNSEEN, Sketch, StoredSketch, merged_shards, quantile
 from cellray.data.sources import Source
 from cellray.data.writer import (
     create_groups,
@@ -123,24 +123,21 @@ class Assembly:
         x = prepare_x(target, place, shape, measurement=name, append=append)
         gene_cells = np.zeros(num_genes, np.int64)
         gene_cells[: len(channel.old.num_cells)] = channel.old.num_cells
-        builder = SketchBuilder()
-        builder.add(channel.old.sketch)
+        sketches: list[Sketch | StoredSketch] = [channel.old.sketch]
         for part in (part for own in channel.parts for part in own):
             parts.adopt(self.folder, part, x)
             counts, sketch = parts.sketch_of(self.folder, part)
             gene_cells[: len(counts)] += counts
-            builder.add(sketch)
-            del sketch
-        whole = builder.result()
-        del builder
+            sketches.append(sketch)
+        medians = np.full(num_genes, UNSEEN, dtype=np.float32)
+        write_histogram(place, name, _noting(merged_shards(sketches), medians), num_genes)
         var = {
             "feature_id": pa.array(channel.genes.ids, pa.large_string()),
             "feature_name": pa.array(channel.genes.names, pa.large_string()),
             schema.NUM_NONZERO: gene_cells,
-            schema.NONZERO_MEDIAN: quantile(whole, num_genes),
+            schema.NONZERO_MEDIAN: medians,
         }
         write_table(measurement_path(place, name) / "var", pa.table(var))
-        write_histogram(place, name, whole, num_genes)
 
     def _obs(self) -> tuple[pa.Table, list[dict[str, MeasurementReport]]]:
         """All cells, and for each file what became of the other measurements."""
@@ -158,12 +155,11 @@ class Assembly:
                 own |= columns
                 if report is not None:
                     told[name] = report
-            chosen = pa.array(self.kept[number])
             for column in source.obs.column_names:
                 label = column
                 while label in own:
                     label += "_source"
-                own[label] = source.obs.column(column).filter(chosen)
+                own[label] = _chosen(source.obs.column(column), self.kept[number])
             tables.append(pa.table(own))
             reports.append(told)
             following += int(self.kept[number].sum())
@@ -184,12 +180,12 @@ class Assembly:
         count = int(kept.sum())
         measured = len(set(source.genes.feature_ids))
         own: dict[str, Any] = {
-            schema.OBS_ID: source.cell_ids.filter(pa.array(kept)),
-            schema.DATASET_ID: pa.array([source.dataset_id] * count, pa.large_string()),
-            schema.RAW_SUM: pa.array(cells.sums[kept]),
-            schema.NUM_NONZERO: pa.array(cells.nonzero[kept]),
+            schema.OBS_ID: _chosen(source.cell_ids, kept),
+            schema.DATASET_ID: schema.repeated(source.dataset_id, count),
+            schema.RAW_SUM: _chosen(pa.array(cells.sums), kept),
+            schema.NUM_NONZERO: _chosen(pa.array(cells.nonzero), kept),
             schema.NUM_MEASURED: pa.array(np.full(count, measured, dtype=np.int64)),
-            schema.CELL_HASH: pa.array(cells.hashes[kept]),
+            schema.CELL_HASH: _chosen(pa.array(cells.hashes), kept),
         }
         old = self.existing.obs
         if (
@@ -266,6 +262,19 @@ class Assembly:
             )
             first = last
         return reports
+
+
+def _chosen(column: Any, kept: Bools) -> Any:
+    """The cells of a column that are kept, without a copy if all are."""
+    return column if kept.all() else column.filter(pa.array(kept))
+
+
+def _noting(shards: Iterable[Sketch], medians: npt.NDArray[np.float32]) -> Iterator[Sketch]:
+    """Pass the shards of a sketch on, and note the medians of their genes."""
+    for shard in shards:
+        found = quantile(shard, len(medians))
+        np.copyto(medians, found, where=found != UNSEEN)
+        yield shard
 
 
 def _absent(name: str, count: int) -> dict[str, npt.NDArray[Any]]:

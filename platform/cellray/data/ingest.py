@@ -132,6 +132,7 @@ class _Ingest:
         self._write(scanned)
         figures = [self._figures(main.parts[i]) if s is None else s for i, s in enumerate(scanned)]
         contents = self._contents(figures)
+        parts.give_back()
         return Assembly(
             config=config,
             existing=self.existing,
@@ -297,6 +298,7 @@ def ingest(config: IngestConfig, *, progress: Progress = lambda _: None) -> Inge
             config, lambda local: ingest(local, progress=progress), progress=progress
         )
     files = look_all(config)
+    parts.give_back()
     with staging(target) as place:
         try:
             existing = read_existing(config, target)

@@ -28,12 +28,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import tiledbsoma
 from scipy import sparse
 
 from cellray.core.errors import DataError
 from cellray.data.h5ad import H5adFile
-from cellray.data.sketch import MAX_GENES, Sketch, SketchBuilder, sketch_counts
+from cellray.data.sketch import MAX_GENES, SketchBuilder, StoredSketch, sketch_counts
 from cellray.data.sources import Cells, Counts, blocks
 from cellray.data.staging import link_tree
 from cellray.data.writer import create_x, write_rows
@@ -54,7 +55,7 @@ I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 Tick = Callable[[int], None]
 
-PART_BLOCKS = 16  # blocks of a part: what is done again, at most, of an interrupted ingest
+PART_BLOCKS = 4  # blocks of a part: what is done again, at most, of an interrupted ingest
 _TEMPLATE = "template"
 _FORMAT = "1"
 _ANY_CELLS = 1 << 40  # the template's shape; a part does not depend on how large the store gets
@@ -135,7 +136,7 @@ class Part:
         """Name of its folder: decided by all that its content depends on."""
         used = self.counts.rows[self.counts.rows >= 0]
         return _digest(
-            "part",
+            "part 2",  # the form of what it leaves
             os.path.abspath(self.counts.path),
             self.stamp,
             self.counts.layer,
@@ -165,11 +166,11 @@ class Part:
         try:
             making.mkdir()
             if self.joinids is None:
-                found = self._read(None, tick)
+                found = self._read(None, tick, making)
             else:
                 shutil.copytree(folder / _TEMPLATE, making / "X")
                 with tiledbsoma.open(str(making / "X"), "w") as x:
-                    found = self._read(x, tick)
+                    found = self._read(x, tick, making)
             np.savez(making / "figures.npz", **found)  # type: ignore[arg-type]
             making.rename(folder / key)
             give_back()
@@ -178,7 +179,7 @@ class Part:
         finally:
             shutil.rmtree(making, ignore_errors=True)
 
-    def _read(self, x: Any, tick: Tick) -> Mapping[str, npt.NDArray[Any]]:
+    def _read(self, x: Any, tick: Tick, making: Path) -> Mapping[str, npt.NDArray[Any]]:
         cells, sketch = Cells(), SketchBuilder()
         gene_cells = np.zeros(len(self.gene_hashes), np.int64)
         row = 0
@@ -195,13 +196,8 @@ class Part:
             row += block.shape[0]
             tick(block.shape[0])
         last = int(np.flatnonzero(gene_cells)[-1]) + 1 if gene_cells.any() else 0
-        whole = sketch.result()
-        return {
-            **cells.joined(),
-            "gene_cells": gene_cells[:last],
-            "sketch_keys": whole.keys,
-            "sketch_counts": whole.counts,
-        }
+        StoredSketch.write(making, sketch.result())
+        return {**cells.joined(), "gene_cells": gene_cells[:last]}
 
 
 def _kept(block: sparse.csr_matrix, joinids: I64) -> sparse.csr_matrix:
@@ -218,11 +214,12 @@ def _libc() -> Any:
 
 
 def give_back() -> None:
-    """Give memory that is free but kept by the C library back to the system.
+    """Give memory that is free but kept by the C library, or by Arrow, back to the system.
 
-    It keeps what many threads have let go (over 100 MB after some parts were written), so that a
+    The library keeps what many threads have let go (over 100 MB after some parts), so that a
     long ingest would look as if it grew.
     """
+    pa.default_memory_pool().release_unused()
     trim = getattr(_libc(), "malloc_trim", None)  # not in every C library
     if trim is not None:
         trim(0)
@@ -254,10 +251,10 @@ def figures(folder: Path, part: Part) -> dict[str, npt.NDArray[Any]]:
         return {name: found[name] for name in ("hashes", "sums", "nonzero", "mito")}
 
 
-def sketch_of(folder: Path, part: Part) -> tuple[I64, Sketch]:
+def sketch_of(folder: Path, part: Part) -> tuple[I64, StoredSketch]:
     """What a finished part measured of the genes: cells that express each, and the sketch."""
     with np.load(folder / part.key / "figures.npz") as found:
-        return found["gene_cells"], Sketch(found["sketch_keys"], found["sketch_counts"])
+        return found["gene_cells"], StoredSketch(folder / part.key)
 
 
 def adopt(folder: Path, part: Part, x: Path) -> None:

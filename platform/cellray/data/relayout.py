@@ -162,7 +162,7 @@ def relayout(
         sketch = found.sketch.result()
         var = _var_table(store, found, sketch)
         write_table(measurement_path(place, measurement) / "var", var)
-        write_histogram(place, measurement, sketch, store.num_genes)
+        write_histogram(place, measurement, [sketch], store.num_genes)
         ledger = _ledger(store, table, ids, found, content, filtered=bool(obs_filter))
         figures = {schema.META_LIBRARY: library_figures(table, [measurement])}
         create_groups(place, ledger, measurements=[measurement], metadata=figures)
@@ -276,7 +276,7 @@ def _obs_table(obs: pd.DataFrame, ids: list[str], found: _Written, store: Store)
     name = Path(store.uri.rstrip("/")).name
     own: dict[str, pa.Array] = {
         schema.OBS_ID: pa.array(ids, pa.large_string()),
-        schema.DATASET_ID: pa.array([name] * len(obs), pa.large_string()),
+        schema.DATASET_ID: schema.repeated(name, len(obs)),
         schema.RAW_SUM: pa.array(np.concatenate(found.sums)),
         schema.NUM_NONZERO: pa.array(np.concatenate(found.nonzero)),
         schema.NUM_MEASURED: pa.array(np.full(len(obs), store.num_genes, dtype=np.int64)),

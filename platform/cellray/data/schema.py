@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cellray.core.errors import DataError
 
@@ -215,6 +216,12 @@ def _common_type(types: Sequence[pa.DataType]) -> pa.DataType:
     return pa.large_string()
 
 
+def repeated(text: str, count: int) -> pa.DictionaryArray:
+    """A column of one label."""
+    codes = pa.array(np.zeros(count, dtype=np.int32))
+    return pa.DictionaryArray.from_arrays(codes, pa.array([text], pa.large_string()))
+
+
 def _exact(column: pa.ChunkedArray, kind: pa.DataType) -> bool:
     """Whether numbers stay what they are in another type of number."""
     if not (pa.types.is_floating(kind) or pa.types.is_integer(kind)) or column.type == kind:
@@ -253,7 +260,11 @@ def unify(tables: Sequence[pa.Table]) -> pa.Table:
     names = list(dict.fromkeys(name for table in tables for name in table.column_names))
     columns = {}
     for name in names:
-        parts = [_decoded(t.column(name)) if name in t.column_names else None for t in tables]
+        given = [t.column(name) if name in t.column_names else None for t in tables]
+        if all(c is None or _has_labels(c.type) for c in given):
+            columns[name] = _labelled(given, [len(t) for t in tables])
+            continue
+        parts = [None if c is None else _decoded(c) for c in given]
         # an all-null column (nobody filled it in) says nothing about the type
         known = [p.type for p in parts if p is not None and p.null_count < len(p)]
         kind = _common_type(known) if known else pa.large_string()
@@ -265,14 +276,45 @@ def unify(tables: Sequence[pa.Table]) -> pa.Table:
             else p.cast(kind)
             for p, t in zip(parts, tables, strict=True)
         ]
-        whole = pa.chunked_array([c for p in filled for c in p.chunks], kind).combine_chunks()
-        columns[name] = _encode(whole)
+        columns[name] = _encode(_one_chunk([c for p in filled for c in p.chunks], kind))
     return pa.table(columns)
 
 
+def _has_labels(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_dictionary(kind) and _is_text(kind.value_type))
+
+
+def _labelled(columns: Sequence[pa.ChunkedArray | None], lengths: Sequence[int]) -> pa.Array:
+    """Stack columns of labels by their codes, without spelling them out."""
+    kind = pa.dictionary(pa.int32(), pa.large_string())
+    chunks = []
+    for column, length in zip(columns, lengths, strict=True):
+        if column is None:
+            chunks.append(pa.nulls(length, kind))
+            continue
+        for chunk in column.chunks:
+            labels = chunk.dictionary.cast(pa.large_string())
+            chunks.append(pa.DictionaryArray.from_arrays(chunk.indices.cast(pa.int32()), labels))
+    whole = _one_chunk(pa.chunked_array(chunks, kind).unify_dictionaries().chunks, kind)
+    used = pc.unique(whole.indices.drop_null())
+    if len(used) > MAX_LABELS or len(used) > max(64, len(whole) // 2):
+        return whole.cast(pa.large_string())
+    labels = whole.dictionary.take(used)
+    new = np.zeros(max(1, len(whole.dictionary)), dtype=np.int32)
+    new[used.to_numpy()] = np.arange(len(used), dtype=np.int32)
+    missing = np.asarray(whole.indices.is_null())
+    codes = new[whole.indices.fill_null(0).to_numpy()]
+    return sort_labels(pa.DictionaryArray.from_arrays(pa.array(codes, mask=missing), labels))
+
+
+def _one_chunk(chunks: list[pa.Array], kind: pa.DataType) -> pa.Array:
+    """The chunks as one array; a single one is not copied."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return pa.concat_arrays(chunks) if chunks else pa.array([], kind)
+
+
 def _encode(array: pa.Array) -> pa.Array:
-    if isinstance(array, pa.ChunkedArray):
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
     if not pa.types.is_large_string(array.type):
         return array
     head = array.slice(0, 2 * MAX_LABELS)

@@ -12,9 +12,10 @@ Legend: N cells, Z non-zero counts, V genes of the measurement, K buckets that w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -27,21 +28,25 @@ __all__ = [
     "MAX_RELATIVE_ERROR",
     "NUM_BUCKETS",
     "TARGET_SUM",
+    "UNSEEN",
     "Sketch",
     "SketchBuilder",
+    "StoredSketch",
     "merge",
+    "merged_shards",
     "quantile",
     "sketch_counts",
 ]
 
 TARGET_SUM = 10_000.0  # Geneformer's size factor (doi:10.1038/s41586-023-06139-9)
-UNSEEN = 1.0
+UNSEEN = 1.0  # the median of a gene that no cell expresses
 
 _MANTISSA_BITS = 7
 _BUCKET_BITS = 12
 _LOWEST_EXPONENT = -18  # 10,000 / 2.6e9: no cell has more counts than that
 _SHIFT = np.uint32(23 - _MANTISSA_BITS)
 _SHARD_BITS = 9  # genes that are merged at a time: 512
+_KEYS, _COUNTS, _BOUNDS = "sketch_keys.u4", "sketch_counts.u4", "sketch_bounds.i8"
 _BASE = (127 + _LOWEST_EXPONENT) << _MANTISSA_BITS
 
 NUM_BUCKETS = 1 << _BUCKET_BITS
@@ -79,12 +84,77 @@ class Sketch:
         """(K,) the bucket of each key."""
         return (self.keys & np.uint32(NUM_BUCKETS - 1)).astype(np.int64)
 
+    @property
+    def num_shards(self) -> int:
+        """How many stretches of 512 genes reach up to its last gene."""
+        return max(0, len(_bounds(self)) - 1)
+
+    def shard(self, number: int) -> Sketch:
+        """The genes 512 * number and the 511 after."""
+        bounds = _bounds(self)[number : number + 2]
+        part = slice(*bounds) if len(bounds) == 2 else slice(0)
+        return Sketch(self.keys[part], self.counts[part])
+
     @staticmethod
     def of(genes: I64, buckets: I64, counts: I64) -> Sketch:
         """Put together what :attr:`genes`, :attr:`buckets` and ``counts`` gave, in any order."""
         keys = (genes.astype(np.uint32) << np.uint32(_BUCKET_BITS)) | buckets.astype(np.uint32)
         order = np.argsort(keys, kind="stable")
         return Sketch(keys[order], counts[order].astype(np.uint32))
+
+
+class StoredSketch:
+    """A sketch in a folder, read one stretch of 512 genes (a shard) at a time.
+
+    Args:
+        folder: where :meth:`write` put it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._bounds = np.fromfile(folder / _BOUNDS, dtype=np.int64)
+
+    @staticmethod
+    def write(folder: Path, sketch: Sketch) -> None:
+        """Write a sketch into a folder that is there."""
+        np.array(_bounds(sketch), dtype=np.int64).tofile(folder / _BOUNDS)
+        sketch.keys.tofile(folder / _KEYS)
+        sketch.counts.tofile(folder / _COUNTS)
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards it has; later ones are empty."""
+        return max(0, len(self._bounds) - 1)
+
+    def shard(self, number: int) -> Sketch:
+        """One shard."""
+        if number >= self.num_shards:
+            return Sketch()
+        first, last = map(int, self._bounds[number : number + 2])
+        keys, counts = (
+            np.fromfile(self._folder / name, np.uint32, last - first, offset=4 * first)
+            for name in (_KEYS, _COUNTS)
+        )
+        return Sketch(keys, counts)
+
+
+def merged_shards(sketches: Sequence[StoredSketch | Sketch]) -> Iterator[Sketch]:
+    """Merge sketches shard by shard: memory holds one shard of them, and little more.
+
+    Yields:
+        The shards of the sum, genes ascending.
+    """
+    for number in range(max((s.num_shards for s in sketches), default=0)):
+        stack: list[Sketch] = []
+        for sketch in sketches:
+            stack.append(sketch.shard(number))
+            while len(stack) > 1 and len(stack[-2].keys) < 2 * len(stack[-1].keys):
+                last = stack.pop()
+                stack[-1] = _merge_shards(stack[-1], last)
+        while len(stack) > 1:
+            last = stack.pop()
+            stack[-1] = _merge_shards(stack[-1], last)
+        yield stack[0]
 
 
 def _fold(keys: U32, counts: U32) -> Sketch:
@@ -95,14 +165,21 @@ def _fold(keys: U32, counts: U32) -> Sketch:
     return Sketch(keys[first], np.add.reduceat(counts, first, dtype=np.uint32))
 
 
-def _cut(sketch: Sketch) -> list[Sketch]:
-    """The sketch in shards of 512 genes each, copied, so that each can be let go by itself."""
+def _bounds(sketch: Sketch) -> list[int]:
+    """Where each shard of 512 genes begins, and the last one ends; [] for an empty sketch."""
     if len(sketch.keys) == 0:
         return []
     shift = _BUCKET_BITS + _SHARD_BITS
     starts = np.arange(1, (int(sketch.keys[-1]) >> shift) + 1, dtype=np.uint64) << np.uint64(shift)
-    bounds = [0, *np.searchsorted(sketch.keys, starts.astype(np.uint32)), len(sketch.keys)]
-    return [Sketch(sketch.keys[i:j].copy(), sketch.counts[i:j].copy()) for i, j in pairwise(bounds)]
+    return [0, *np.searchsorted(sketch.keys, starts.astype(np.uint32)).tolist(), len(sketch.keys)]
+
+
+def _cut(sketch: Sketch) -> list[Sketch]:
+    """The sketch in shards of 512 genes each, copied, so that each can be let go by itself."""
+    return [
+        Sketch(sketch.keys[i:j].copy(), sketch.counts[i:j].copy())
+        for i, j in pairwise(_bounds(sketch))
+    ]
 
 
 def _merge_shards(a: Sketch, b: Sketch) -> Sketch:

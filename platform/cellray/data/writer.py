@@ -6,7 +6,7 @@ Legend: N cells of a block, V genes of a measurement.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +136,15 @@ def prepare_x(
     return path
 
 
-def write_histogram(place: Path, measurement: str, sketch: Sketch, num_genes: int) -> None:
+def write_histogram(
+    place: Path, measurement: str, shards: Iterable[Sketch], num_genes: int
+) -> None:
     """Write the sketch of a measurement's genes: (V, buckets) int64, how often each was hit.
 
     Args:
         place: the store.
         measurement: whose genes.
-        sketch: over all its cells.
+        shards: the sketch over all its cells, in pieces.
         num_genes: V.
     """
     path = measurement_path(place, measurement) / "varm" / schema.HISTOGRAM
@@ -152,15 +154,25 @@ def write_histogram(place: Path, measurement: str, sketch: Sketch, num_genes: in
         str(path), type=pa.int64(), shape=shape, platform_config=schema.histogram_options()
     ).close()
     with tiledbsoma.open(str(path), "w") as array:
-        for first in range(0, len(sketch.keys), _ENTRIES_AT_ONCE):
-            last = first + _ENTRIES_AT_ONCE
-            part = Sketch(sketch.keys[first:last], sketch.counts[first:last])
+        for part in _of_size(shards, _ENTRIES_AT_ONCE):
             table = {
                 "soma_dim_0": part.genes,
                 "soma_dim_1": part.buckets,
                 "soma_data": part.counts.astype(np.int64),
             }
             array.write(pa.table(table))
+
+
+def _of_size(shards: Iterable[Sketch], most: int) -> Iterator[Sketch]:
+    """Pieces of a sketch put together or divided: ``most`` entries each, the last one fewer."""
+    keys, counts = np.zeros(0, np.uint32), np.zeros(0, np.uint32)
+    for shard in shards:
+        keys, counts = np.append(keys, shard.keys), np.append(counts, shard.counts)
+        while len(keys) >= most:
+            yield Sketch(keys[:most], counts[:most])
+            keys, counts = keys[most:], counts[most:]
+    if len(keys):
+        yield Sketch(keys, counts)
 
 
 def write_block(x: Any, block: sparse.csr_matrix, first: int, num_genes: int) -> None:

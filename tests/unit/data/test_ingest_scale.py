@@ -159,7 +159,7 @@ def test_a_killed_ingest_goes_on_where_it_was(three, tmp_path):
     assert content(uri) == before
     said = []
     report = run(three[1:], uri, said, cells_per_block=2, workers=1)
-    assert report.parts_taken_over == 5  # of 35 blocks each file 16 + 16 + 3, 16 + 16
+    assert report.parts_taken_over == 17  # 35 blocks a file, 4 a part: 9 parts, and 8 of 9
     run(three, tmp_path / "t", workers=1)
     mine, whole = content(uri), content(tmp_path / "t")
     assert mine[:4] == whole[:4]

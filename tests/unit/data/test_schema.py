@@ -113,3 +113,18 @@ def test_numbers_that_no_type_of_both_holds_become_text():
         3.0,
         0.5,
     ]
+
+
+def test_labels_are_stacked_by_their_codes_as_by_their_words():
+    one = pa.array(["x", "a", None, "a"] * 20).dictionary_encode()
+    two = pa.DictionaryArray.from_arrays(pa.array([2, 0], pa.int8()), ["a", "unused", "y"])
+    tables = [pa.table({"c": one}), pa.table({"d": [1]}), pa.table({"c": two})]
+    column = schema.unify(tables).column("c").combine_chunks()
+    assert column.to_pylist() == [*["x", "a", None, "a"] * 20, None, "y", "a"]
+    assert column.dictionary.to_pylist() == ["a", "x", "y"]
+    spelled = [
+        pa.table({"c": t["c"].cast(pa.string())}) if "c" in t.column_names else t for t in tables
+    ]
+    assert schema.unify(spelled).column("c").combine_chunks().equals(column)
+    many = pa.array([str(i) for i in range(200)]).dictionary_encode()
+    assert schema.unify([pa.table({"c": many})]).column("c").type == pa.large_string()

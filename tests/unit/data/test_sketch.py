@@ -10,12 +10,15 @@ from cellray.data.sketch import (
     MAX_GENES,
     MAX_RELATIVE_ERROR,
     Sketch,
+    StoredSketch,
     merge,
+    merged_shards,
     quantile,
     sketch_counts,
 )
 
 COUNTS = sparse.csr_matrix(make_counts(200, 30, seed=5) ** 3)
+FIELDS = ("keys", "counts")
 SIZES = np.asarray(COUNTS.sum(axis=1)).ravel()
 
 
@@ -76,3 +79,23 @@ def test_a_sketch_survives_being_taken_apart():
 def test_too_many_features_are_refused():
     with pytest.raises(DataError, match=r"more than 1,048,576 features is not supported"):
         sketch_counts(np.array([0, 1]), np.array([MAX_GENES]), np.ones(1, np.float32), np.ones(1))
+
+
+def test_stored_sketches_merge_shard_by_shard_to_the_same(tmp_path):
+    rng = np.random.default_rng(4)
+    sketches = []
+    for number, top in enumerate((1, 600, 5000, 0, 1700)):
+        keys = np.unique(rng.integers(0, max(top, 1) << 12, 3000 if top else 0, dtype=np.uint32))
+        sketches.append(Sketch(keys, rng.integers(1, 9, len(keys), dtype=np.uint32)))
+        (tmp_path / str(number)).mkdir()
+        StoredSketch.write(tmp_path / str(number), sketches[-1])
+    stored = [StoredSketch(tmp_path / str(n)) for n in range(5)]
+    assert [s.num_shards for s in stored] == [s.num_shards for s in sketches] == [1, 2, 10, 0, 4]
+    whole = merge(sketches)
+    for origin in (stored, [*sketches[:2], *stored[2:]]):
+        shards = list(merged_shards(origin))
+        assert len(shards) == 10
+        assert all((s.genes // 512 == i).all() for i, s in enumerate(shards))
+        joined = Sketch(*(np.concatenate([getattr(s, n) for s in shards]) for n in FIELDS))
+        assert joined.to_bytes() == whole.to_bytes()
+    assert list(merged_shards([])) == []
