@@ -194,10 +194,17 @@ def test_an_ingest_into_a_bucket_is_built_aside_and_goes_on(options, tmp_path):
     report = ingest(config, progress=again.append)
     assert again[0].startswith("the store was built already")
     assert (report.uri, report.num_cells) == (uri, 50)
+    assert [(f.dataset_id, f.cells_read, f.cells) for f in report.files] == [("cells", 50, 50)]
     assert open_store(uri, tiledb=options).num_cells == 50
     assert not list(scratch.iterdir())
     with pytest.raises(DataError, match="there is a store at 's3://cells/ingested' already"):
         ingest(config)
+    said.clear()
+    nowhere = config.model_copy(update={"uri": "s3://nosuchbucket/store"})
+    with pytest.raises(DataError, match="'s3://nosuchbucket/store' cannot be written to: .*ucket"):
+        ingest(nowhere, progress=said.append)
+    assert not said  # before a cell was read
+    assert not list(scratch.iterdir())
 
 
 def test_what_is_not_there_is_said(options, tmp_path):

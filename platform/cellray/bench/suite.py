@@ -122,7 +122,7 @@ def method_run(run: BenchmarkRun, method: str, seed: int) -> FinetuneRun:
 def _setting(run: BenchmarkRun, tracker: Tracker | None, directory: Path) -> Setting:
     unit = task(run.task.name)  # type: ignore[attr-defined]
     cells = select_cells(run.data, lambda known: unit.columns(run.task, known))
-    split = unit.split(cells.obs, run.task, seed=0)
+    split = unit.split(cells.keyed(), run.task, seed=0)
     targets = unit.fit(cells.obs, run.task, split)
     template = ResultRow(
         task=unit.name,

@@ -139,10 +139,18 @@ def prepare_cache(
 
     Raises:
         DataError: the folder holds a cache of something else (it says what differs), or other
-            files.
+            files, or cannot be written.
     """
     there = check_cache(folder, key)
     if there is not None:
+        if not _holds(folder / _CELLS, cells):
+            _log.warning(
+                "token cache: '%s' is gone or damaged; it is written anew", folder / _CELLS
+            )
+            try:
+                _write_cells(folder, cells)
+            except OSError as error:
+                raise _unwritable(folder, error) from error
         return there
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         left = [] if not folder.is_dir() else sorted(p.name for p in folder.iterdir())
@@ -151,19 +159,40 @@ def prepare_cache(
                 f"data.cache = '{folder}' is not a token cache and not empty "
                 f"({', '.join(left[:5]) or 'a file'}); choose another folder"
             )
-    folder.mkdir(parents=True, exist_ok=True)
     info = CacheInfo(key, len(cells), cells_per_shard)
-    beside = folder / f"{_CELLS}.{os.getpid()}.tmp"
-    with beside.open("wb") as out:
-        np.save(out, np.ascontiguousarray(cells, dtype=np.int64))
-    os.replace(beside, folder / _CELLS)
     manifest = {
         "key": dict(key),
         "num_cells": info.num_cells,
         "cells_per_shard": info.cells_per_shard,
     }
-    _write_whole(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_cells(folder, cells)
+        _write_whole(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+    except OSError as error:
+        raise _unwritable(folder, error) from error
     return info
+
+
+def _unwritable(folder: Path, error: OSError) -> DataError:
+    return DataError(f"the token cache '{folder}' cannot be written: {error}")
+
+
+def _write_cells(folder: Path, cells: I64) -> None:
+    beside = folder / f"{_CELLS}.{os.getpid()}.tmp"
+    try:
+        with beside.open("wb") as out:
+            np.save(out, np.ascontiguousarray(cells, dtype=np.int64))
+        os.replace(beside, folder / _CELLS)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _holds(path: Path, cells: I64) -> bool:
+    try:
+        return np.array_equal(np.load(path, mmap_mode="r"), cells)
+    except (OSError, ValueError, EOFError):
+        return False
 
 
 def _is_ours(name: str) -> bool:
@@ -240,9 +269,7 @@ class TokenCache:
             os.replace(beside, path)
         except OSError as error:
             beside.unlink(missing_ok=True)
-            raise DataError(
-                f"the token cache '{self.folder}' cannot be written: {error}"
-            ) from error
+            raise _unwritable(self.folder, error) from error
         return len(cells)
 
     def _map(self, shard: int) -> TokenBlock:
@@ -302,6 +329,8 @@ class TokenCache:
         return self._gather(rows, ids)
 
     def _gather(self, rows: I64, ids: I64) -> TokenBlock:
+        if not len(rows):
+            return lay_out([], joinids=ids)
         which = rows // self.info.cells_per_shard
         order = np.argsort(which, kind="stable")
         shards, starts = np.unique(which[order], return_index=True)

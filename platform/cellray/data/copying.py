@@ -30,6 +30,7 @@ __all__ = ["CopyReport", "copy_store", "publish_to", "refuse_taken"]
 
 Progress = Callable[[str], None]
 _AT_ONCE = 8
+_PROBE = "cellray_may_write_here"
 _CHUNK_BYTES = 8 << 20
 _SAY_EVERY_S = 2.0
 _GROUP_FILE = "__tiledb_group.tdb"
@@ -240,23 +241,25 @@ def copy_store(
 
 
 def refuse_taken(uri: str, *, tiledb: Mapping[str, str] | None = None) -> None:
-    """Refuse a target at which there is a complete store, or that cannot be reached.
+    """Refuse a target at which there is a complete store, or that cannot be written to.
 
     To be asked before a store is built for hours to be put there.
 
     Raises:
-        DataError: it is taken, or the storage does not answer.
+        DataError: it is taken, or the storage refuses a small file.
     """
     target = _End.of(*address(uri, tiledb))
     try:
-        taken = _is_store(target.files()) and unfinished_copy(target.uri, target.options) is None
+        if _is_store(target.files()) and unfinished_copy(target.uri, target.options) is None:
+            raise DataError(
+                f"there is a store at '{uri}' already; a store in an object store is not appended "
+                "to: copy it to a folder, append there, and copy the result to another address"
+            )
+        with target.place.open_output_stream(target.path(_PROBE)) as stream:
+            stream.write(b"cellray")
+        target.place.delete_file(target.path(_PROBE))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"'{uri}' cannot be reached: {brief(error)}. {hint(error)}") from error
-    if taken:
-        raise DataError(
-            f"there is a store at '{uri}' already; a store in an object store is not appended to: "
-            "copy it to a folder, append there, and copy the result to another address"
-        )
+        raise DataError(f"'{uri}' cannot be written to: {brief(error)}. {hint(error)}") from error
 
 
 def publish_to(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import numba
@@ -14,7 +14,7 @@ import pyarrow as pa
 from cellray.core.draw import splitmix64
 from cellray.data import schema
 
-__all__ = ["Strings", "cell_hashes", "content_digest", "digest_of_cells", "hash64"]
+__all__ = ["Strings", "cell_hashes", "content_digest", "digest_of_cells", "hash64", "keys_of_cells"]
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
@@ -122,19 +122,39 @@ def content_digest(cell_ids: Strings | U64, hashes: U64) -> str:
     return digest.hexdigest()
 
 
+def _met(obs: Iterable[pa.Table], joinids: I64) -> Iterator[tuple[I64, pa.Table]]:
+    """Those rows of an obs in pieces that are asked for, with their places in ``joinids``."""
+    for table in obs:
+        found = table.column(schema.JOINID).to_numpy()
+        rows = np.minimum(np.searchsorted(joinids, found), len(joinids) - 1)
+        met = joinids[rows] == found
+        yield rows[met], table if met.all() else table.filter(pa.array(met))
+
+
+def keys_of_cells(obs: Iterable[pa.Table], joinids: I64, id_column: str) -> U64:
+    """:func:`hash64` of the ids of some cells of an obs that comes in pieces.
+
+    Args:
+        obs: tables with ``soma_joinid`` and ``id_column``, in any order.
+        joinids: (N,) ascending, at least one; all of them must come.
+        id_column: obs column with the cell ids.
+    """
+    keys = np.zeros(len(joinids), dtype=np.uint64)
+    for rows, table in _met(obs, joinids):
+        keys[rows] = hash64(table.column(id_column))
+    return keys
+
+
 def digest_of_cells(obs: Iterable[pa.Table], joinids: I64, id_column: str) -> str:
     """:func:`content_digest` of some cells of an obs that comes in pieces; 32 bytes a cell.
 
     Args:
         obs: tables with ``soma_joinid``, ``id_column`` and the cell hashes, in any order.
-        joinids: (N,) ascending, the cells that count; all of them must come.
+        joinids: (N,) ascending, at least one; all of them must come.
         id_column: obs column with the cell ids.
     """
     ids, hashes = np.zeros(len(joinids), np.uint64), np.zeros(len(joinids), np.uint64)
-    for table in obs:
-        found = table.column(schema.JOINID).to_numpy()
-        rows = np.minimum(np.searchsorted(joinids, found), len(joinids) - 1)
-        met = joinids[rows] == found
-        ids[rows[met]] = hash64(table.column(id_column))[met]
-        hashes[rows[met]] = table.column(schema.CELL_HASH).to_numpy()[met].astype(np.uint64)
+    for rows, table in _met(obs, joinids):
+        ids[rows] = hash64(table.column(id_column))
+        hashes[rows] = table.column(schema.CELL_HASH).to_numpy().astype(np.uint64)
     return content_digest(ids, hashes)

@@ -84,7 +84,7 @@ class IngestConfig(Section):
     """
 
     files: list[str]
-    uri: str
+    uri: str = Field(min_length=1)
     scratch: str = ""
     tiledb: dict[str, str] = {}
     layer: str = "auto"

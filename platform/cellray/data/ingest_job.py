@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellray.core.errors import DataError
 from cellray.data.ingest import IngestConfig, IngestReport, ingest, look_all
-from cellray.data.locate import local_target
+from cellray.data.locate import local_target, refuse_missing
 
 if TYPE_CHECKING:
     from cellray.runs import IngestRun
@@ -33,6 +34,10 @@ class IngestResult:
         return self.report.lines()
 
 
+def _empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
 def check_ingest(run: IngestRun) -> list[str]:
     """Open every file and check its genes and first counts; writes nothing.
 
@@ -47,6 +52,8 @@ def check_ingest(run: IngestRun) -> list[str]:
             f"there is a store at '{target}' and ingest.append = false; choose another uri or "
             "remove it"
         )
+    if target is not None and target.exists() and not (target.is_dir() and _empty(target)):
+        refuse_missing(target)
     files = look_all(config)
     mains = [looked["RNA"] for looked in files]
     cells = sum(f.num_cells for f in mains if f is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 __all__ = ["FileReport", "IngestReport", "MeasurementReport", "sum_lines"]
@@ -80,6 +80,13 @@ class FileReport:
     content_sha256: str
     ids_sha256: str
     measurements: Mapping[str, MeasurementReport] = field(default_factory=dict)
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> FileReport:
+        """The report that an entry of a store's ledger keeps."""
+        known = {f.name: entry[f.name] for f in fields(FileReport) if f.name in entry}
+        told = {n: MeasurementReport(**m) for n, m in entry.get("measurements", {}).items()}
+        return FileReport(**{**known, "measurements": told})
 
     def lines(self, duplicate_cells: str) -> list[str]:
         """The report in words."""

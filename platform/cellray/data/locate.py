@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from cellray.data.storage import Settings, settings
 
 __all__ = ["address", "local_path", "local_target", "refuse_missing"]
 
+_SCHEME = re.compile(r"(s3|gs|gcs|azure|https?):(?=/|$)")
 _NO_PATH = "?#"
 _SHOWN = 8  # names listed in a message
 _SWAP_S = 2.0  # an append puts its store in place by two renames; between them there is none
@@ -40,8 +42,17 @@ def address(uri: str, tiledb: Mapping[str, str] | None = None) -> tuple[str, Set
 
 
 def local_path(uri: str) -> Path | None:
-    """The absolute local path a URI means, or None for an object store."""
+    """The absolute local path a URI means, or None for an object store.
+
+    Raises:
+        DataError: an address without its bucket, or with one slash.
+    """
     text = uri.removeprefix("file://")
+    scheme = _SCHEME.match(text)
+    if scheme and not text[scheme.end() :].startswith("//"):
+        raise DataError(f"'{uri}' is neither a path nor an address; write {scheme[0]}//bucket/...")
+    if text.endswith("://") or text.endswith(":///"):
+        raise DataError(f"'{uri}' names no bucket; write {text.rstrip('/')}//bucket/...")
     return None if "://" in text else Path(os.path.abspath(Path(text).expanduser()))
 
 
@@ -49,11 +60,15 @@ def local_target(uri: str) -> Path | None:
     """:func:`local_path` of a store that is to be written.
 
     Raises:
-        DataError: a path at which TileDB could not, or cellray would not, find it again.
+        DataError: a path at which TileDB could not, or cellray would not, find it again; a place
+            that is not to be written to.
     """
+    if is_census(uri):
+        raise DataError(f"'{uri}' is a release of the Census, which only its makers write to")
     path = local_path(uri)
     if path is None:
         return None
+    path = path.resolve()  # of a link, the store that it leads to
     wrong = next((c for c in _NO_PATH if c in str(path)), "")
     if wrong:
         raise DataError(f"'{path}' holds '{wrong}', which TileDB takes for a URL's; rename it")

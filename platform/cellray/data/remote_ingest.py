@@ -19,7 +19,7 @@ from pathlib import Path
 from cellray.core.section import to_dict
 from cellray.data.copying import publish_to, refuse_taken
 from cellray.data.ingest_config import IngestConfig
-from cellray.data.ingest_report import IngestReport
+from cellray.data.ingest_report import FileReport, IngestReport
 from cellray.data.soma import open_store
 from cellray.data.sources import list_files
 
@@ -66,7 +66,7 @@ def ingest_remote(
             uri=config.uri,
             num_cells=store.num_cells,
             num_genes=store.num_genes,
-            files=(),
+            files=tuple(map(FileReport.of, store.ledger)),
             seconds=0.0,
             cells_per_s=0.0,
         )

@@ -22,6 +22,7 @@ from cellray.core.errors import DataError
 __all__ = [
     "CELL_HASH",
     "CELL_IDS",
+    "CELL_KEY",
     "COPY_MARKER",
     "DATASET_ID",
     "FORMAT_VERSION",
@@ -71,6 +72,7 @@ NONZERO_MEDIAN = "nonzero_median"  # var column: of normalised counts over the c
 HISTOGRAM = "nonzero_histogram"  # varm: the sketch that the medians are from, so that it can grow
 
 # Where other writers keep what we call by the first name of each tuple, in order of preference.
+CELL_KEY = "cellray_cell_key"  # of frames in memory: Store.cell_keys
 CELL_IDS = (OBS_ID, "observation_joinid")
 GENE_IDS = ("feature_id", "var_id", "gene_id", "ensembl_id")
 GENE_NAMES = ("feature_name", "gene_symbol", "gene_name", "symbol")
@@ -174,6 +176,15 @@ def _column(values: pd.Series | pa.Array) -> pa.Array:
 def _plain(values: pd.Series) -> bool:
     """Whether a categorical is numbers or booleans in disguise, with none missing."""
     return values.cat.categories.dtype.kind in "biuf" and not bool(values.isna().any())
+
+
+def to_pandas(table: pa.Table) -> pd.DataFrame:
+    """A frame whose categorical columns have only labels that occur."""
+    frame = table.to_pandas()
+    for name in frame.columns:
+        if isinstance(frame[name].dtype, pd.CategoricalDtype):
+            frame[name] = frame[name].cat.remove_unused_categories()
+    return frame
 
 
 def obs_to_arrow(

@@ -22,7 +22,7 @@ import tiledbsoma
 from cellray.core.blocks import CellBlock
 from cellray.core.errors import DataError, did_you_mean
 from cellray.data import schema, snapshot
-from cellray.data.digest import content_digest, digest_of_cells
+from cellray.data.digest import content_digest, digest_of_cells, keys_of_cells
 from cellray.data.files import fragments
 from cellray.data.locate import address, local_path
 from cellray.data.opening import open_experiment
@@ -190,7 +190,7 @@ class Store:
     @cached_property
     def _var(self) -> pd.DataFrame:
         table = self._asked("var", lambda e: e.ms[self.measurement].var.read().concat())
-        frame = _to_pandas(table).sort_values(schema.JOINID, ignore_index=True)
+        frame = schema.to_pandas(table).sort_values(schema.JOINID, ignore_index=True)
         frame = frame.iloc[: self.num_genes]
         ids = next((c for c in schema.GENE_IDS if c in frame), None)
         names = next((c for c in schema.GENE_NAMES if c in frame), ids)
@@ -290,7 +290,7 @@ class Store:
         Raises:
             DataError: an unknown column, or a filter that is not understood.
         """
-        frame = _to_pandas(self._obs_table(columns, value_filter=value_filter, joinids=None))
+        frame = schema.to_pandas(self._obs_table(columns, value_filter=value_filter, joinids=None))
         return frame.sort_values(schema.JOINID, ignore_index=True)
 
     def _check_request(self, joinids: I64) -> None:
@@ -362,16 +362,14 @@ class Store:
         )
 
     def _named(self, joinids: I64) -> str:
-        return (
-            f"X/{self.layer} of '{self.uri}', {len(joinids)} cells from joinid {joinids.min()} to "
-            f"{joinids.max()},"
-        )
+        span = f"{len(joinids)} cells from joinid {joinids.min()} to {joinids.max()}"
+        return f"X/{self.layer} of '{self.uri}', {span},"
 
     def _obs_arrays(
         self, joinids: I64, columns: Sequence[str]
     ) -> Mapping[str, npt.NDArray[np.generic]]:
         table = self._obs_table(columns, value_filter=None, joinids=np.sort(joinids))
-        frame = _to_pandas(table).set_index(schema.JOINID).reindex(joinids)
+        frame = schema.to_pandas(table).set_index(schema.JOINID).reindex(joinids)
         if len(table) < len(joinids):
             gone = joinids[~np.isin(joinids, table.column(schema.JOINID).to_numpy())]
             raise DataError(f"joinid {int(gone[0])} is not in obs of '{self.uri}'")
@@ -388,11 +386,10 @@ class Store:
         Of a store that cellray wrote: the given cells' ids and the hash of their counts that obs
         keeps, whatever their order or place, so that the same cells in another store agree.
 
-        Of other stores, without reading X (of 30 million cells that would take hours): the names
-        of X's fragments, which TileDB gives at random when it writes and whose contents it never
-        changes, with the genes and the joinids. The same store, or a copy of it, agrees; any
-        write to its X up to ``timestamp``, even of other cells, does not. Where fragments cannot
-        be listed (neither a folder nor ``s3://``), address and timestamp stand for them.
+        Of other stores, without reading X: the names of its fragments, which TileDB gives at
+        random and whose contents never change, with the genes and the joinids. A copy of the store
+        agrees; after any write to its X up to ``timestamp``, even of other cells, it does not.
+        Where fragments cannot be listed, address and timestamp stand for them.
 
         Args:
             joinids: (N,) distinct joinids.
@@ -404,14 +401,28 @@ class Store:
         # the hash in obs is of the counts of RNA
         if schema.CELL_HASH not in self._obs_types or self.measurement != schema.MEASUREMENT:
             return self._snapshot_digest(ascending)
+        return self._streamed(digest_of_cells, ascending, schema.CELL_HASH)
+
+    def _streamed(self, use: Callable[[Any, I64, str], T], ascending: I64, *columns: str) -> T:
+        """Hand some cells' ids and columns of obs to a function, a piece at a time."""
         name = next((c for c in schema.CELL_IDS if c in self._obs_types), schema.JOINID)
-        columns = list(dict.fromkeys([schema.JOINID, name, schema.CELL_HASH]))
+        names = list(dict.fromkeys([schema.JOINID, name, *columns]))
         few = len(ascending) < self.num_cells // _MANY
         coords = (pa.array(ascending),) if few else ()
         return self._asked(
-            "obs",
-            lambda e: digest_of_cells(e.obs.read(coords, column_names=columns), ascending, name),
+            "obs", lambda e: use(e.obs.read(coords, column_names=names), ascending, name)
         )
+
+    def cell_keys(self, joinids: I64) -> npt.NDArray[np.uint64]:
+        """(N,) hash of each cell's own id, wherever it lies; of its joinid if obs has no ids.
+
+        Args:
+            joinids: (N,) ascending.
+        """
+        self._check_request(joinids)
+        if len(joinids) == 0:
+            return np.zeros(0, dtype=np.uint64)
+        return self._streamed(keys_of_cells, joinids)
 
     def _snapshot_digest(self, ascending: I64) -> str:
         until = parse_moment(self.timestamp) if self.timestamp else None
@@ -487,12 +498,3 @@ class Store:
             "files": self.ledger,
             "bytes_on_disk": size,
         }
-
-
-def _to_pandas(table: pa.Table) -> pd.DataFrame:
-    """A frame whose categorical columns have only labels that occur."""
-    frame = table.to_pandas()
-    for name in frame.columns:
-        if isinstance(frame[name].dtype, pd.CategoricalDtype):
-            frame[name] = frame[name].cat.remove_unused_categories()
-    return frame

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from cellray.core.draw import splitmix64
 from cellray.core.errors import ConfigError
 from cellray.data.digest import Strings, hash64
 
-__all__ = ["hash_unit", "split_by"]
+__all__ = ["hash_unit", "key_unit", "split_by"]
 
 
 def hash_unit(values: Strings, *, salt: int = 0) -> npt.NDArray[np.float64]:
@@ -22,6 +23,18 @@ def hash_unit(values: Strings, *, salt: int = 0) -> npt.NDArray[np.float64]:
         (N,) float64 with 53 random bits each.
     """
     bits = hash64(values, salt=salt) >> np.uint64(11)
+    return np.asarray(bits * np.float64(2.0**-53), dtype=np.float64)
+
+
+def key_unit(keys: npt.NDArray[np.uint64], *, salt: int = 0) -> npt.NDArray[np.float64]:
+    """A stable uniform number in [0, 1) for each key, e.g. of ``Store.cell_keys``.
+
+    Args:
+        keys: (N,) uint64.
+        salt: another salt gives independent numbers.
+    """
+    mixed = splitmix64(np.array([salt], dtype=np.int64).astype(np.uint64))[0]
+    bits = splitmix64(keys ^ mixed) >> np.uint64(11)
     return np.asarray(bits * np.float64(2.0**-53), dtype=np.float64)
 
 

@@ -153,6 +153,19 @@ class JoinedStore:
         back[np.concatenate(places or [which])] = np.arange(len(joinids))
         return joined.take(back)
 
+    def cell_keys(self, joinids: I64) -> npt.NDArray[np.uint64]:
+        """(N,) hash of each cell's own id, whatever the order of the stores.
+
+        Args:
+            joinids: (N,) ascending cell ids without repeats.
+        """
+        which = stores_of(joinids)
+        keys = np.zeros(len(joinids), dtype=np.uint64)
+        for number, store in enumerate(self.stores):
+            here = which == number
+            keys[here] = store.cell_keys(joinids_of(joinids[here]))
+        return keys
+
     def fingerprint(self, joinids: I64) -> str:
         """SHA-256 of the given cells of all stores; see :meth:`Store.fingerprint`."""
         ids = without_repeats(np.asarray(joinids, dtype=np.int64))

@@ -170,7 +170,7 @@ def estimate(run: Run) -> list[str]:
         from cellray.train.tracking import check_tracking, tracking_uri
 
         if run.tracking.enabled:
-            check_tracking(tracking_uri(run.tracking, run.checkpoint.dir))
+            check_tracking(tracking_uri(run.tracking, run.checkpoint.dir), make=False)
     if isinstance(run, runs.PretrainRun):
         from cellray.train.pretrain import prepare_pretrain
 

@@ -22,7 +22,7 @@ __all__ = ["TASK", "AnnotationConfig", "AnnotationSplit", "annotation_split", "a
 BoolArray = npt.NDArray[np.bool_]
 Labels = Sequence[str] | npt.NDArray[np.generic]
 
-JOINID = "soma_joinid"
+JOINID, CELL_KEY = "soma_joinid", "cellray_cell_key"
 _ENOUGH_GROUPS = 10  # below it, whole groups make a validation set of one or two donors
 _LISTED = 12
 
@@ -95,7 +95,7 @@ def _columns(config: AnnotationConfig, available: Sequence[str]) -> list[str]:
 
 
 def _check(obs: pd.DataFrame, config: AnnotationConfig) -> None:
-    _check_named(config, [c for c in map(str, obs.columns) if c != JOINID])
+    _check_named(config, [c for c in map(str, obs.columns) if c not in (JOINID, CELL_KEY)])
     if JOINID not in obs:
         raise DataError(f"the cells have no '{JOINID}' column; read them from a store")
 
@@ -124,7 +124,13 @@ def _given(labels: npt.NDArray[np.object_]) -> BoolArray:
 def _groups(obs: pd.DataFrame, config: AnnotationConfig) -> npt.NDArray[np.object_]:
     if config.split.column:
         return _texts(obs[config.split.column])
-    return np.asarray([str(j) for j in obs[JOINID]], dtype=object)
+    return _cell_names(obs)
+
+
+def _cell_names(obs: pd.DataFrame) -> npt.NDArray[np.object_]:
+    """What the split of a cell by itself depends on: its key, or its joinid where it has none."""
+    names = obs[CELL_KEY if CELL_KEY in obs else JOINID].astype(str)
+    return np.asarray(names, dtype=object)
 
 
 def _check_test_values(groups: npt.NDArray[np.object_], split: AnnotationSplit) -> None:
@@ -164,8 +170,7 @@ def _validation_mask(
     )
     if whole:
         return _lowest(groups, split.validation_fraction, salt=seed), split.column
-    names = [str(j) for j in obs[JOINID]]
-    return np.asarray(hash_unit(names, salt=seed) < split.validation_fraction), "cell"
+    return np.asarray(hash_unit(_cell_names(obs), salt=seed) < split.validation_fraction), "cell"
 
 
 def _split_warnings(
@@ -195,12 +200,13 @@ def _split_warnings(
 def annotation_split(obs: pd.DataFrame, config: AnnotationConfig, *, seed: int) -> Split:
     """Divide labelled cells into training, validation and test; a pure function of its arguments.
 
-    The test set does not depend on ``seed``; validation does. Hashes are of joinids or group
-    names, so appending cells moves no old cell of a split by cell, and at most as many whole
-    groups as were added.
+    The test set does not depend on ``seed``; validation does. Hashes are of the cells' own ids or
+    of group names, so appending cells moves no old cell of a split by cell, and at most as many
+    whole groups as were added.
 
     Args:
-        obs: N cells with ``soma_joinid``, the label and the split column.
+        obs: N cells with ``soma_joinid``, the label and the split column, and
+            ``cellray_cell_key`` where cells have ids of their own.
         config: the task's section.
         seed: chooses the validation cells.
 

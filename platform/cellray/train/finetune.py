@@ -135,7 +135,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     unit = task(run.task.name)  # type: ignore[attr-defined]
     section, categories = _covariates(run)
     cells = select_cells(section, lambda known: unit.columns(run.task, known))
-    split = unit.split(cells.obs, run.task, seed=run.seed)
+    split = unit.split(cells.keyed(), run.task, seed=run.seed)
     targets = unit.fit(cells.obs, run.task, split)
     source, vocab, weights = _start(run, cells, split.train)
     tokenizer = source.tokenizer

@@ -26,7 +26,7 @@ from cellray.data.mixing import measure_mixing
 from cellray.data.mixture import MixturePlan, deal_lanes
 from cellray.data.plan import EpochPlan, Plan, default_lanes, window_batches
 from cellray.data.soma import open_store
-from cellray.data.split import split_by
+from cellray.data.split import key_unit, split_by
 from cellray.data.stats import check_coverage, coverage, nonzero_medians
 from cellray.data.storage import iso, now_ms
 from cellray.data.stores import AnyStore, JoinedStore, join_stores
@@ -73,6 +73,14 @@ class Cells:
     def joinids(self) -> I64:
         """(N,) ascending int64."""
         return np.asarray(self.obs["soma_joinid"].to_numpy(), dtype=np.int64)
+
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """(N,) hash of each cell's own id, see :meth:`cellray.data.soma.Store.cell_keys`."""
+        return self.store.cell_keys(self.joinids)
+
+    def keyed(self) -> pd.DataFrame:
+        """``obs`` with :meth:`keys` as column ``cellray_cell_key``."""
+        return self.obs.assign(**{schema.CELL_KEY: self.keys()})
 
     def lengths(self, max_tokens: int) -> I64 | None:
         """(N,) expected tokens per cell from obs ``nnz``; None if the store does not know it."""
@@ -314,13 +322,18 @@ class TrainingData:
     mixing: list[str] = field(default_factory=list)
 
 
-def validation_mask(obs: pd.DataFrame, data: DataSection) -> npt.NDArray[np.bool_]:
-    """(N,) True at validation cells, by stable hash of the cell or of ``data.split.by``."""
+def validation_mask(cells: Cells, data: DataSection) -> npt.NDArray[np.bool_]:
+    """(N,) True at validation cells, by stable hash of the cell's id or of ``data.split.by``.
+
+    A cell's side depends on its id (that of ``data.split.by``: on the value) alone: not on other
+    cells, the store it lies in, or the order of the stores.
+    """
     split = data.split
     if split.validation_fraction == 0:
-        return np.zeros(len(obs), dtype=bool)
-    keys = obs[split.by] if split.by else obs["soma_joinid"]
-    names = keys.astype("string").fillna("unknown").tolist()
+        return np.zeros(len(cells.obs), dtype=bool)
+    if not split.by:
+        return np.asarray(key_unit(cells.keys(), salt=split.salt) < split.validation_fraction)
+    names = cells.obs[split.by].astype("string").fillna("unknown").tolist()
     return split_by(names, fraction=split.validation_fraction, salt=split.salt)
 
 

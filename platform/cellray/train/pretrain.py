@@ -50,7 +50,7 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
     """
     device = pick_device(run.scale)
     cells = select_cells(run.data)
-    held = validation_mask(cells.obs, run.data)
+    held = validation_mask(cells, run.data)
     train, validation = cells.joinids[~held], cells.joinids[held]
     if not len(train):
         raise no_cells("training", run.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -53,8 +54,13 @@ def open_command(uri: str) -> str:
     return f"mlflow ui --backend-store-uri sqlite:///{path}"
 
 
-def check_tracking(uri: str, *, timeout_s: float = 5.0) -> None:
+def check_tracking(uri: str, *, make: bool = True, timeout_s: float = 5.0) -> None:
     """See that the tracking store answers, before any work starts.
+
+    Args:
+        uri: of the tracking store.
+        make: make the folder of a local database; otherwise only see that it could be made.
+        timeout_s: how long a server has for its answer.
 
     Raises:
         TrackingError: a server that does not answer, or a scheme that is not supported.
@@ -66,7 +72,10 @@ def check_tracking(uri: str, *, timeout_s: float = 5.0) -> None:
     if parts.scheme == "sqlite":
         folder = Path(uri.removeprefix("sqlite:///")).parent
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if make:
+                folder.mkdir(parents=True, exist_ok=True)
+            else:
+                _refuse_unmakeable(folder)
         except OSError as error:
             raise TrackingError(
                 f"'{folder}' for the MLflow database cannot be made: {error}; set "
@@ -78,6 +87,14 @@ def check_tracking(uri: str, *, timeout_s: float = 5.0) -> None:
             f"tracking.mlflow_uri = '{uri}' is not supported; give a server "
             "('http://host:5000') or a database ('sqlite:///runs/mlflow.db')"
         )
+
+
+def _refuse_unmakeable(folder: Path) -> None:
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"'{there}' is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"'{there}' is not writable")
 
 
 def _check_server(uri: str, timeout_s: float) -> None:

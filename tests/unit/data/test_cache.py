@@ -155,6 +155,34 @@ def test_a_damaged_shard_is_named_and_written_anew(small_store, tmp_path, caplog
     assert cache.path(2).read_bytes() == whole
 
 
+@pytest.mark.parametrize("place", ["file/cache", "/proc/cache"])
+def test_a_cache_that_cannot_be_written_says_so(small_store, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="token cache .* cannot be written"):
+        cached(source_of(small_store), tmp_path / place)
+
+
+def empty_file(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [damage_a_bit, truncate, empty_file, lambda path: path.unlink()])
+def test_a_damaged_list_of_cells_is_named_and_written_anew(small_store, tmp_path, caplog, harm):
+    plain = source_of(small_store)
+    cached(plain, tmp_path / "c")
+    harm(tmp_path / "c" / "cells.npy")
+    with caplog.at_level(logging.WARNING):
+        source, cache = cached(plain, tmp_path / "c", write=False)
+    assert "cells.npy' is gone or damaged; it is written anew" in caplog.text
+    assert not cache.missing()
+    same(source.tokens(plain.joinids, epoch=0), plain.tokens(plain.joinids, epoch=0))
+
+
+def test_no_cells_of_a_cache_are_an_empty_block(small_store, tmp_path):
+    source, _ = cached(source_of(small_store), tmp_path / "c")
+    assert len(source.tokens(np.zeros(0, dtype=np.int64), epoch=0)) == 0
+
+
 def test_a_shard_in_anothers_place_is_noticed(small_store, tmp_path, caplog):
     source, cache = cached(source_of(small_store), tmp_path / "c")
     take_another(cache.path(3))

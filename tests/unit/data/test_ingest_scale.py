@@ -18,15 +18,18 @@ import tiledbsoma
 from cells_by_hand import dense, make_adata, make_counts
 from scipy import sparse
 
-from cellray.core.errors import DataError
+from cellray.core.errors import ConfigError, DataError
+from cellray.core.section import build_section
 from cellray.data import parts as parts_module
 from cellray.data import schema
 from cellray.data.existing import stored_library_sizes, stored_medians, stored_sketch
 from cellray.data.ingest import IngestConfig, ingest
+from cellray.data.ingest_job import check_ingest
 from cellray.data.ingest_tasks import num_workers
 from cellray.data.schema import STAGING_SUFFIX
 from cellray.data.soma import open_store
 from cellray.data.stats import nonzero_medians
+from cellray.runs import build_run
 
 COUNTS = make_counts(300, 25, seed=7)
 GENES = [f"ENSG{i:011d}" for i in range(25)]
@@ -451,3 +454,38 @@ def test_a_rule_about_genes_that_are_not_there_is_refused(three, tmp_path):
     with pytest.raises(DataError, match=r"max_mito_fraction = 0.2 would leave out no cell: no gen"):
         run(three[0], tmp_path / "s", max_mito_fraction=0.2)
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "uri", ["s3://", "s3:/bucket/x", "s3:", "gs:///", "census:stable/homo_sapiens"]
+)
+def test_an_address_that_is_none_makes_no_folder(three, tmp_path, monkeypatch, uri):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(DataError, match="bucket|release of the Census"):
+        run(three[0], uri)
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(ConfigError, match="uri"):
+        build_section(IngestConfig, {"files": three, "uri": ""})
+
+
+def test_a_link_to_a_store_stays_one(three, tmp_path):
+    run(three[0], tmp_path / "s")
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    run(three[1], tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert open_store(str(tmp_path / "s")).num_cells == open_store(str(tmp_path / "link")).num_cells
+    assert open_store(str(tmp_path / "s")).num_cells == 170
+
+
+@pytest.mark.parametrize("taken", ["file", "folder"])
+def test_a_check_finds_that_the_place_is_taken(three, tmp_path, taken):
+    target = tmp_path / "there"
+    if taken == "file":
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    job = build_run("ingest", {"ingest": {"files": three, "uri": str(target)}})
+    with pytest.raises(DataError, match="not a SOMA store"):
+        check_ingest(job)

@@ -11,10 +11,11 @@ from cellray.core.ids import cell_ids, stores_of
 from cellray.data.config import DataSection
 from cellray.data.ingest import IngestConfig, ingest
 from cellray.data.mixture import MixturePlan
+from cellray.data.relayout import relayout
 from cellray.data.soma import open_store
 from cellray.data.stores import join_stores
 from cellray.train.config import BatchSection
-from cellray.train.prepare import make_plan, select_cells
+from cellray.train.prepare import make_plan, select_cells, validation_mask
 
 GENES = ([0, 1, 2, 3], [5, 3, 1])  # the second store shares genes 1 and 3
 
@@ -194,3 +195,24 @@ def test_balancing_by_a_column(uris):
 def test_too_small_a_weight_is_refused_before_anything_starts(uris):
     with pytest.raises(ConfigError, match="is less than one of the 8 lanes"):
         plan_of(DataSection(uri=uris, weights=[1000, 1]))
+
+
+def sides(uri, **split):
+    """Cell id -> whether it is held for validation."""
+    data = DataSection(uri=uri, split={"validation_fraction": 0.4, **split})
+    cells = select_cells(data, ["obs_id"])
+    return dict(zip(cells.obs["obs_id"].astype(str), validation_mask(cells, data), strict=True))
+
+
+def test_no_cell_changes_sides_whatever_stores_come_or_in_which_order(uris, tmp_path):
+    alone = sides(uris[0])
+    assert 5 < sum(alone.values()) < 25
+    for mixture in ([uris[0], uris[1]], [uris[1], uris[0]]):
+        together = sides(mixture)
+        assert len(together) == 42
+        assert {c: together[c] for c in alone} == alone
+    relayout(uris[0], str(tmp_path / "part"), obs_filter="only_in_0 > 9")  # other joinids
+    part = sides(str(tmp_path / "part"))
+    assert len(part) == 20
+    assert part == {c: alone[c] for c in part}
+    assert sides(uris[0], salt=1) != alone
