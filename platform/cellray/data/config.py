@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cellray.core.section import Section, flatten
+from cellray.core.section import MAX_SEED, Section, flatten
 
 __all__ = ["DataSection", "SplitSection"]
 
@@ -22,7 +22,7 @@ class SplitSection(Section):
 
     by: str = ""
     validation_fraction: float = Field(default=0.05, ge=0.0, lt=1.0)
-    salt: int = 0
+    salt: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
 class DataSection(Section):
