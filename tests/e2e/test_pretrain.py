@@ -217,7 +217,10 @@ def kill_driver_and_go_on(uri, tmp_path, *, first, then):
     )
     assert done.returncode == 0, done.stderr
     assert "resuming from step" in done.stdout or "already finished" in done.stdout
-    return progress(tmp_path / "runs" / "pre")
+    rows = progress(tmp_path / "runs" / "pre")
+    steps = [int(r["step"]) for r in rows]
+    assert steps == sorted(set(steps))  # what was trained again is reported once
+    return rows
 
 
 def assert_same_validation(rows, reference, *, rel):

@@ -119,7 +119,7 @@ def _refuse(key: str, value: str) -> None:
             "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN)"
         )
     known = _known_keys()
-    if key.startswith(("vfs.", "sm.")) and key not in known:
+    if not key.startswith("soma.") and key not in known:  # those of tiledbsoma are not listed
         raise ConfigError(
             f"tiledb has no setting '{key}'.{did_you_mean(key, known)} An S3-compatible server "
             f"needs {_ENDPOINT}, vfs.s3.scheme, vfs.s3.region and vfs.s3.use_virtual_addressing"
@@ -152,7 +152,7 @@ def settings(given: Mapping[str, str] | None = None, *, remote: bool = True) -> 
         Sorted (key, value) pairs, hashable.
 
     Raises:
-        ConfigError: a secret, or a ``vfs.`` or ``sm.`` key that TileDB does not know.
+        ConfigError: a secret, or a key that TileDB does not know.
     """
     own = dict(given or {})
     for key, value in own.items():

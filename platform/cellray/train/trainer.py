@@ -135,6 +135,16 @@ class RunDirectory:
         partial.write_text(json.dumps(value, indent=1, default=str))
         os.replace(partial, self.path / name)
 
+    def rewind(self, step: int) -> None:
+        """Drop the progress after ``step``, whose steps are trained again."""
+        if not self.progress.is_file():
+            return
+        rows = self.progress.read_text().splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+        partial = self.progress.with_suffix(".partial")
+        partial.write_text("".join(kept))
+        os.replace(partial, self.progress)
+
     def enter(self, config: Mapping[str, Any], fingerprints: Mapping[str, str], mode: str) -> bool:
         """Begin or continue the run; True if it had begun before.
 
@@ -348,6 +358,7 @@ def fit(
     began = _started_at(run)
     if began:
         say(f"{job.name}: resuming from step {began}")
+        run.rewind(began)
     uri, run_id = (tracker.uri, tracker.run_id) if tracker else ("", "")
     callbacks = [ReportCallback(str(run.progress), uri, run_id), *(extra_callbacks or [])]
     try:

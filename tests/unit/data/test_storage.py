@@ -75,6 +75,13 @@ def test_our_defaults_and_the_users_settings_reach_tiledb():
     assert config["sm.compute_concurrency_level"] == "1"
 
 
+@pytest.mark.parametrize("key", ["nonsense.key", "vfs.s3.regoin", "", "sm.x"])
+def test_a_setting_that_tiledb_does_not_know_is_refused(key):
+    with pytest.raises(ConfigError, match=f"tiledb has no setting '{key}'"):
+        storage.settings({key: "1"})
+    assert storage.settings({"soma.init_buffer_bytes": "1"}, remote=False)
+
+
 def test_an_object_store_is_read_with_more_requests_and_larger_pieces_than_a_disk():
     keys = ("sm.io_concurrency_level", "sm.mem.tile_upper_memory_limit")
     near = storage.context().native_context.config()
