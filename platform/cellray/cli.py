@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument("--measurement", default="RNA")
     rewrite.add_argument("--layer", default="raw")
     rewrite.add_argument("--obs-filter", default="", help='cells to keep, e.g. "nnz >= 200"')
+    rewrite.add_argument(
+        "--workers", type=int, default=0, help="processes; 0: one a CPU, as many as pay"
+    )
     for sub in (show, copy, rewrite):
         sub.add_argument(
             "--tiledb",
@@ -144,6 +147,7 @@ def _relayout(arguments: argparse.Namespace) -> int:
         measurement=arguments.measurement,
         layer=arguments.layer,
         obs_filter=arguments.obs_filter,
+        workers=arguments.workers,
         tiledb=_settings(arguments.tiledb),
         progress=say,
     )

@@ -5,7 +5,7 @@ Legend: N cells of a file, V features of a measurement.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cellray.data.joining import Existing, JoinedGenes, OldVar
 from cellray.data.measurements import origin
 from cellray.data.parts import Part
 from cellray.data.quality import CellFigures, duplicates
-from cellray.data.sketch import UNSEEN, Sketch, StoredSketch, merged_shards, quantile
+from cellray.data.sketch import UNSEEN, Sketch, StoredSketch, merged_shards, noting_medians
 from cellray.data.sources import Source
 from cellray.data.writer import (
     create_groups,
@@ -130,7 +130,7 @@ class Assembly:
             gene_cells[: len(counts)] += counts
             sketches.append(sketch)
         medians = np.full(num_genes, UNSEEN, dtype=np.float32)
-        write_histogram(place, name, _noting(merged_shards(sketches), medians), num_genes)
+        write_histogram(place, name, noting_medians(merged_shards(sketches), medians), num_genes)
         var = {
             "feature_id": pa.array(channel.genes.ids, pa.large_string()),
             "feature_name": pa.array(channel.genes.names, pa.large_string()),
@@ -267,14 +267,6 @@ class Assembly:
 def _chosen(column: Any, kept: Bools) -> Any:
     """The cells of a column that are kept, without a copy if all are."""
     return column if kept.all() else column.filter(pa.array(kept))
-
-
-def _noting(shards: Iterable[Sketch], medians: npt.NDArray[np.float32]) -> Iterator[Sketch]:
-    """Pass the shards of a sketch on, and note the medians of their genes."""
-    for shard in shards:
-        found = quantile(shard, len(medians))
-        np.copyto(medians, found, where=found != UNSEEN)
-        yield shard
 
 
 def _absent(name: str, count: int) -> dict[str, npt.NDArray[Any]]:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -44,9 +44,11 @@ __all__ = [
     "Part",
     "Spool",
     "adopt",
+    "digest_of",
     "discard_others",
     "figures",
     "give_back",
+    "leave",
     "prepare",
     "sketch_of",
 ]
@@ -61,7 +63,8 @@ _FORMAT = "1"
 _ANY_CELLS = 1 << 40  # the template's shape; a part does not depend on how large the store gets
 
 
-def _digest(*items: object) -> str:
+def digest_of(*items: object) -> str:
+    """A folder's name from all that its content depends on."""
     digest = hashlib.sha256(_FORMAT.encode())
     for item in items:
         data = item.tobytes() if isinstance(item, np.ndarray) else repr(item).encode()
@@ -91,13 +94,57 @@ class Spool:
     def key(self) -> str:
         """Name of its folder."""
         place = os.path.abspath(self.path)
-        return _digest("spool", place, self.layer, self.stamp, self.cells_per_block)
+        return digest_of("spool", place, self.layer, self.stamp, self.cells_per_block)
 
     def run(self, folder: Path, tick: Tick) -> None:
         """Do it, under ``folder``."""
         with H5adFile(self.path) as file:
             file.spool(self.layer, folder / self.key, self.cells_per_block)
         tick(self.num_cells)
+
+
+def leave(
+    folder: Path,
+    key: str,
+    work: Callable[[Any, Path], Mapping[str, npt.NDArray[Any]]],
+    *,
+    writes: bool = True,
+) -> None:
+    """Do a part's work, so that its folder appears whole or not at all; nothing if it is there.
+
+    Args:
+        folder: of all parts, as :func:`prepare` made it.
+        key: the part's folder.
+        work: gets the part's X, open for writing (None without ``writes``), and the folder that
+            is being made, and returns the figures.
+        writes: whether the part has an X.
+
+    Raises:
+        DataError: of ``work``; or the folder cannot be written.
+    """
+    if (folder / key).exists():
+        return
+    making = folder / f"{key}.{uuid.uuid4().hex[:8]}"
+    try:
+        making.mkdir()
+        if writes:
+            shutil.copytree(folder / _TEMPLATE, making / "X")
+            with tiledbsoma.open(str(making / "X"), "w") as x:
+                found = work(x, making)
+        else:
+            found = work(None, making)
+        np.savez(making / "figures.npz", **found)  # type: ignore[arg-type]
+        making.rename(folder / key)
+        give_back()
+    except (tiledbsoma.SOMAError, OSError) as error:
+        raise DataError(f"writing '{making}' failed: {error}") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+
+
+class _Keyed(Protocol):
+    @property
+    def key(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +182,7 @@ class Part:
     def key(self) -> str:
         """Name of its folder: decided by all that its content depends on."""
         used = self.counts.rows[self.counts.rows >= 0]
-        return _digest(
+        return digest_of(
             "part 2",  # the form of what it leaves
             os.path.abspath(self.counts.path),
             self.stamp,
@@ -159,25 +206,12 @@ class Part:
         Raises:
             DataError: the file cannot be read, a value is no raw count, or the disk is full.
         """
-        key = self.key
-        if (folder / key).exists():
-            return
-        making = folder / f"{key}.{uuid.uuid4().hex[:8]}"
-        try:
-            making.mkdir()
-            if self.joinids is None:
-                found = self._read(None, tick, making)
-            else:
-                shutil.copytree(folder / _TEMPLATE, making / "X")
-                with tiledbsoma.open(str(making / "X"), "w") as x:
-                    found = self._read(x, tick, making)
-            np.savez(making / "figures.npz", **found)  # type: ignore[arg-type]
-            making.rename(folder / key)
-            give_back()
-        except (tiledbsoma.SOMAError, OSError) as error:
-            raise DataError(f"writing '{making}' failed: {error}") from error
-        finally:
-            shutil.rmtree(making, ignore_errors=True)
+        leave(
+            folder,
+            self.key,
+            lambda x, making: self._read(x, tick, making),
+            writes=self.joinids is not None,
+        )
 
     def _read(self, x: Any, tick: Tick, making: Path) -> Mapping[str, npt.NDArray[Any]]:
         cells, sketch = Cells(), SketchBuilder()
@@ -245,19 +279,23 @@ def discard_others(folder: Path, keys: set[str]) -> int:
     return len(others)
 
 
-def figures(folder: Path, part: Part) -> dict[str, npt.NDArray[Any]]:
-    """What a finished part measured of its cells: ``hashes``, ``sums``, ``nonzero``, ``mito``."""
+def figures(folder: Path, part: _Keyed) -> dict[str, npt.NDArray[Any]]:
+    """What a finished part measured of its cells: ``hashes``, ``sums``, ``nonzero``, ``mito``.
+
+    A part of a relayout has no ``mito``.
+    """
     with np.load(folder / part.key / "figures.npz") as found:
-        return {name: found[name] for name in ("hashes", "sums", "nonzero", "mito")}
+        names = ("hashes", "sums", "nonzero", "mito")
+        return {name: found[name] for name in names if name in found}
 
 
-def sketch_of(folder: Path, part: Part) -> tuple[I64, StoredSketch]:
+def sketch_of(folder: Path, part: _Keyed) -> tuple[I64, StoredSketch]:
     """What a finished part measured of the genes: cells that express each, and the sketch."""
     with np.load(folder / part.key / "figures.npz") as found:
         return found["gene_cells"], StoredSketch(folder / part.key)
 
 
-def adopt(folder: Path, part: Part, x: Path) -> None:
+def adopt(folder: Path, part: _Keyed, x: Path) -> None:
     """Give the fragments of a finished part to the array at ``x``, sharing the files."""
     for kind in ("__schema", "__fragments", "__commits"):
         for item in (folder / part.key / "X" / kind).iterdir():

@@ -1,6 +1,7 @@
 """Rewriting a SOMA experiment, e.g. one of the CELLxGENE Census, in the training layout.
 
-X goes through memory a block of source rows at a time. Blocks begin at multiples of their size, so
+X goes through memory a block of source rows at a time, in parts that processes can share and an
+interrupted relayout takes over. Blocks begin at multiples of their size, so
 that a tile of 2,048 rows, as the Census has them, is unpacked once; obs is held whole, as it is
 when a file is ingested. The result is a store like one that ``cellray ingest`` wrote.
 
@@ -11,10 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,25 +21,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
-import tiledbsoma
-from scipy import sparse
 
 from cellray.core.errors import ConfigError, DataError
-from cellray.core.memory import keep_freed_memory
-from cellray.data import schema
-from cellray.data.digest import cell_hashes, content_digest, hash64
+from cellray.data import parts, schema
+from cellray.data.digest import content_digest, hash64
 from cellray.data.existing import library_figures
-from cellray.data.h5ad import check_counts
+from cellray.data.ingest_tasks import num_workers, run_jobs
 from cellray.data.locate import local_path, local_target
-from cellray.data.sketch import Sketch, SketchBuilder, quantile, sketch_counts
+from cellray.data.relayout_parts import StorePart, cut
+from cellray.data.sketch import UNSEEN, merged_shards, noting_medians
 from cellray.data.soma import Store, open_store
-from cellray.data.staging import staging
+from cellray.data.staging import parts_of, staging
 from cellray.data.vocab import strip_version
 from cellray.data.writer import (
     create_groups,
     create_x,
     measurement_path,
-    write_block,
     write_histogram,
     write_table,
     x_path,
@@ -90,15 +86,15 @@ class RelayoutReport:
         ]
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class _Written:
-    """What the reading of X gathers on its way, block by block."""
+    """What was measured of the N cells and V genes on the way."""
 
-    nonzero: list[I64]
-    sums: list[npt.NDArray[np.float64]]
-    hashes: list[npt.NDArray[np.uint64]]
+    nonzero: I64
+    sums: npt.NDArray[np.float64]
+    hashes: npt.NDArray[np.uint64]
     gene_cells: I64
-    sketch: SketchBuilder = field(default_factory=SketchBuilder)
+    medians: npt.NDArray[np.float32]
 
 
 def relayout(
@@ -109,6 +105,7 @@ def relayout(
     layer: str = schema.LAYER,
     obs_filter: str = "",
     cells_per_block: int = 2 * TILE_ROWS,
+    workers: int = 0,
     timestamp: str = "",
     tiledb: Mapping[str, str] | None = None,
     progress: Callable[[str], None] = lambda _: None,
@@ -119,7 +116,7 @@ def relayout(
     columns of obs and var are kept. ``nnz``, ``raw_sum`` and ``cell_hash`` are computed from the
     counts; a column of that name that says something else is kept as ``<name>_source``.
     ``obs_id``, ``dataset_id`` and ``n_measured_vars`` are added where missing. The target appears
-    whole or not at all.
+    whole or not at all; the same call goes on after an interruption, with the parts that are done.
 
     Args:
         source: a local folder, an object-store URI or ``census:...``.
@@ -129,21 +126,19 @@ def relayout(
         layer: its X layer with raw counts; it is ``raw`` in the new store.
         obs_filter: cells to keep, in SOMA's filter language; "" keeps all.
         cells_per_block: source rows in memory at a time, a multiple of 2,048.
+        workers: processes that read and write, as Ray tasks. 1: this process alone, without Ray; 0:
+            one for each CPU, but none for fewer than 20,000 cells.
         timestamp: the moment whose cells are read, see :func:`cellray.data.soma.open_store`.
         tiledb: TileDB settings for the source.
         progress: takes a line every few seconds: cells, cells/s, time left.
 
     Raises:
-        ConfigError: a block size that is not a multiple of 2,048; a setting or timestamp that is
-            not allowed.
+        ConfigError: a block size that is not a multiple of 2,048; fewer than 0 workers; a setting
+            or timestamp that is not allowed.
         DataError: no such source, measurement or layer; a target that exists or is no local
             folder; a filter that is not understood or keeps no cell; cell ids that are not unique.
     """
-    if cells_per_block <= 0 or cells_per_block % TILE_ROWS:
-        raise ConfigError(
-            f"cells_per_block = {cells_per_block}; it must be a multiple of {TILE_ROWS}, the rows "
-            "of a Census tile"
-        )
+    _check_sizes(cells_per_block, workers)
     started = time.monotonic()
     store = open_store(
         source, measurement=measurement, layer=layer, timestamp=timestamp, tiledb=tiledb
@@ -154,15 +149,21 @@ def relayout(
         kept = f'obs filter "{obs_filter}" keeps no cell' if obs_filter else "there is no cell"
         raise DataError(f"{kept} of '{source}'; nothing was written")
     ids = _cell_ids(obs, source)
+    joinids = obs[schema.JOINID].to_numpy(dtype=np.int64)
+    jobs = cut(
+        store,
+        joinids,
+        cells_per_block=cells_per_block,
+        gene_hashes=hash64([strip_version(g) for g in store.var()["feature_id"]]),
+        stamp=store.fingerprint(joinids),
+    )
     with staging(place_of) as place:
-        found = _write_x(store, place, obs, cells_per_block, progress)
-        content = content_digest(ids, np.concatenate(found.hashes))
+        found = _write_x(store, place_of, place, jobs, num_workers(workers, len(obs)), progress)
+        content = content_digest(ids, found.hashes)
         table = _obs_table(obs, ids, found, store)
         write_table(place / "obs", table)
-        sketch = found.sketch.result()
-        var = _var_table(store, found, sketch)
+        var = _var_table(store, found)
         write_table(measurement_path(place, measurement) / "var", var)
-        write_histogram(place, measurement, [sketch], store.num_genes)
         ledger = _ledger(store, table, ids, found, content, filtered=bool(obs_filter))
         figures = {schema.META_LIBRARY: library_figures(table, [measurement])}
         create_groups(place, ledger, measurements=[measurement], metadata=figures)
@@ -176,6 +177,16 @@ def relayout(
         bytes_after=_size(str(place_of)) or 0,
         seconds=time.monotonic() - started,
     )
+
+
+def _check_sizes(cells_per_block: int, workers: int) -> None:
+    if cells_per_block <= 0 or cells_per_block % TILE_ROWS:
+        raise ConfigError(
+            f"cells_per_block = {cells_per_block}; it must be a multiple of {TILE_ROWS}, the rows "
+            "of a Census tile"
+        )
+    if workers < 0:
+        raise ConfigError(f"workers = {workers}; it must be 0 (one a CPU) or more")
 
 
 def _free_target(target: str) -> Path:
@@ -206,57 +217,58 @@ def _cell_ids(obs: pd.DataFrame, source: str) -> list[str]:
     return list(ids)
 
 
-def _spans(joinids: I64, size: int) -> Iterator[slice]:
-    """The parts of ascending joinids that lie between multiples of ``size``."""
-    edges = np.flatnonzero(np.diff(joinids // size)) + 1
-    bounds = [0, *edges.tolist(), len(joinids)]
-    for first, last in pairwise(bounds):
-        yield slice(first, last)
-
-
 def _write_x(
-    store: Store, place: Path, obs: pd.DataFrame, size: int, progress: Callable[[str], None]
+    store: Store,
+    target: Path,
+    place: Path,
+    jobs: Sequence[StorePart],
+    workers: int,
+    progress: Callable[[str], None],
 ) -> _Written:
-    joinids = obs[schema.JOINID].to_numpy(dtype=np.int64)
-    num_genes = store.num_genes
-    every_gene = np.arange(num_genes, dtype=np.int32)
-    hashes = hash64([strip_version(g) for g in store.var()["feature_id"]])
-    found = _Written([], [], [], np.zeros(num_genes, dtype=np.int64))
-    keep_freed_memory()
-    path = x_path(place, store.measurement)
-    create_x(path, (len(joinids), num_genes))
+    """Do the parts that are not done, and put X and the histogram together."""
+    folder = parts_of(target)
+    parts.prepare(folder)
+    parts.discard_others(folder, {job.key for job in jobs})
+    _run(jobs, folder, workers, progress)
+    x, num_genes = x_path(place, store.measurement), store.num_genes
+    create_x(x, (sum(job.num_cells for job in jobs), num_genes))
+    gene_cells, sketches = np.zeros(num_genes, dtype=np.int64), []
+    for job in jobs:
+        parts.adopt(folder, job, x)
+        cells, sketch = parts.sketch_of(folder, job)
+        gene_cells += cells
+        sketches.append(sketch)
+    medians = np.full(num_genes, UNSEEN, dtype=np.float32)
+    shards = noting_medians(merged_shards(sketches), medians)
+    write_histogram(place, store.measurement, shards, num_genes)
+    found = [parts.figures(folder, job) for job in jobs]
+    joined = {n: np.concatenate([f[n] for f in found]) for n in ("nonzero", "sums", "hashes")}
+    return _Written(**joined, gene_cells=gene_cells, medians=medians)
+
+
+def _run(
+    jobs: Sequence[StorePart], folder: Path, workers: int, progress: Callable[[str], None]
+) -> None:
+    waiting = [job for job in jobs if not (folder / job.key).exists()]
+    total = sum(job.num_cells for job in jobs)
+    done = taken_over = total - sum(job.num_cells for job in waiting)
+    if taken_over:
+        progress(f"{taken_over:,} of {total:,} cells taken over from one that was interrupted")
     started = said = time.monotonic()
-    spans = list(_spans(joinids, size))
-    # the next block is read while this one is written
-    with tiledbsoma.open(str(path), "w") as x, ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(store.read_block, joinids[spans[0]], every_gene)
-        for i, span in enumerate(spans):
-            block = ahead.result()
-            if i + 1 < len(spans):
-                ahead = reader.submit(store.read_block, joinids[spans[i + 1]], every_gene)
-            indptr, genes, counts = block.indptr, block.genes, block.counts
-            check_counts(
-                counts,
-                where=f"'{store.uri}' layer {store.layer}, cells {span.start}-{span.stop - 1},",
-                advice=" Name the layer that has them (--layer)",
-            )
-            matrix = sparse.csr_matrix((counts, genes, indptr), shape=(len(block), num_genes))
-            write_block(x, matrix, span.start, num_genes)
-            total = np.concatenate([[0.0], np.cumsum(counts, dtype=np.float64)])
-            found.nonzero.append(np.diff(indptr).astype(np.int64))
-            found.sums.append(np.diff(total[indptr]))
-            found.sketch.add(sketch_counts(indptr, genes, counts, found.sums[-1]))
-            found.hashes.append(cell_hashes(indptr, genes, counts, hashes))
-            found.gene_cells += np.bincount(genes, minlength=num_genes)
-            now = time.monotonic()
-            if now - said >= _REPORT_S or span.stop == len(joinids):
-                progress(_progress(span.stop, len(joinids), now - started))
-                said = now
-    return found
+
+    def tick(_: StorePart, count: int) -> None:
+        nonlocal done, said
+        done += count
+        now = time.monotonic()
+        if now - said >= _REPORT_S or done == total:
+            rate = (done - taken_over) / max(now - started, 1e-9)
+            progress(_progress(done, total, rate))
+            said = now
+
+    run_jobs(waiting, folder, workers=workers, tick=tick)
 
 
-def _progress(done: int, total: int, seconds: float) -> str:
-    rate = done / max(seconds, 1e-9)
+def _progress(done: int, total: int, rate: float) -> str:
     left = (total - done) / rate
     return f"{done:,} of {total:,} cells, {rate:,.0f} cells/s, {left:,.0f} s left"
 
@@ -277,10 +289,10 @@ def _obs_table(obs: pd.DataFrame, ids: list[str], found: _Written, store: Store)
     own: dict[str, pa.Array] = {
         schema.OBS_ID: pa.array(ids, pa.large_string()),
         schema.DATASET_ID: schema.repeated(name, len(obs)),
-        schema.RAW_SUM: pa.array(np.concatenate(found.sums)),
-        schema.NUM_NONZERO: pa.array(np.concatenate(found.nonzero)),
+        schema.RAW_SUM: pa.array(found.sums),
+        schema.NUM_NONZERO: pa.array(found.nonzero),
         schema.NUM_MEASURED: pa.array(np.full(len(obs), store.num_genes, dtype=np.int64)),
-        schema.CELL_HASH: pa.array(np.concatenate(found.hashes)),
+        schema.CELL_HASH: pa.array(found.hashes),
         SOURCE_JOINID: pa.array(obs[schema.JOINID].to_numpy(dtype=np.int64)),
     }
     taken = {*own, *map(str, obs.columns)}
@@ -305,7 +317,7 @@ def _same(column: pd.Series, ours: pa.Array) -> bool:
     return bool(np.array_equal(column.to_numpy(), ours.to_numpy()))
 
 
-def _var_table(store: Store, found: _Written, sketch: Sketch) -> pa.Table:
+def _var_table(store: Store, found: _Written) -> pa.Table:
     """All columns of var; ids and names where our stores have them, and cells of each gene."""
     read = store._asked("var", lambda e: e.ms[store.measurement].var.read().concat())
     frame = read.to_pandas().sort_values(schema.JOINID, ignore_index=True)
@@ -315,7 +327,7 @@ def _var_table(store: Store, found: _Written, sketch: Sketch) -> pa.Table:
         "feature_id": pa.array(named["feature_id"].tolist(), pa.large_string()),
         "feature_name": pa.array(named["feature_name"].tolist(), pa.large_string()),
         schema.NUM_NONZERO: pa.array(found.gene_cells),
-        schema.NONZERO_MEDIAN: pa.array(quantile(sketch, store.num_genes)),
+        schema.NONZERO_MEDIAN: pa.array(found.medians),
     }
     for name in frame.columns:
         if name not in (schema.JOINID, *_VAR_OWN):
@@ -348,7 +360,7 @@ def _ledger(
             "genes_ensembl": int(sum(g.startswith("ENS") for g in store.var()["feature_id"])),
             "genes_merged": {},
             "organism": "",
-            "counts": float(sum(s.sum() for s in found.sums)),
+            "counts": float(found.sums.sum()),
             "content_sha256": content,
             "ids_sha256": hashlib.sha256("\n".join(sorted(ids)).encode()).hexdigest(),
         }

@@ -34,6 +34,7 @@ __all__ = [
     "StoredSketch",
     "merge",
     "merged_shards",
+    "noting_medians",
     "quantile",
     "sketch_counts",
 ]
@@ -305,3 +306,16 @@ def quantile(sketch: Sketch, num_genes: int, *, q: float = 0.5) -> F32:
         parts.append(_middle(bucket.astype(np.int64)))
     found[seen] = (parts[0] + parts[1]) / 2
     return found
+
+
+def noting_medians(shards: Iterable[Sketch], medians: F32) -> Iterator[Sketch]:
+    """Pass the shards of a sketch on, and note the medians of their genes.
+
+    Args:
+        shards: as from :func:`merged_shards`.
+        medians: (V,) filled with 1.0; the medians of genes that are expressed go into it.
+    """
+    for shard in shards:
+        found = quantile(shard, len(medians))
+        np.copyto(medians, found, where=found != UNSEEN)
+        yield shard

@@ -1,22 +1,26 @@
 """A SOMA experiment rewritten in the training layout: nothing lost, bounded, atomic, ours after."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
 import tiledbsoma
-from cells_by_hand import dense, make_counts
+from cells_by_hand import dense, make_adata, make_counts
 
 from cellray.cli import main
 from cellray.core.errors import ConfigError, DataError
-from cellray.data import relayout as module
+from cellray.data import relayout_parts as module
 from cellray.data.copying import copy_store
 from cellray.data.digest import cell_hashes, hash64
-from cellray.data.existing import stored_library_sizes
+from cellray.data.existing import stored_library_sizes, stored_sketch
 from cellray.data.ingest import IngestConfig, ingest
 from cellray.data.relayout import SOURCE_JOINID, relayout
+from cellray.data.relayout_parts import spans
 from cellray.data.sketch import MAX_RELATIVE_ERROR
 from cellray.data.soma import open_store
 from cellray.data.staging import staging_of
@@ -151,7 +155,7 @@ def test_a_filter_keeps_its_cells_with_their_old_ids(census, tmp_path):
 
 def test_blocks_end_where_tiles_of_the_census_do():
     joinids = np.array([0, 2047, 2048, 4100, 4101, 9000])
-    parts = [joinids[s].tolist() for s in module._spans(joinids, 2048)]
+    parts = [joinids[s].tolist() for s in spans(joinids, 2048)]
     assert parts == [[0, 2047], [2048], [4100, 4101], [9000]]
 
 
@@ -197,6 +201,7 @@ def test_nothing_is_left_when_a_block_cannot_be_read(census, tmp_path, monkeypat
     ("keys", "error", "text"),
     [
         ({"cells_per_block": 1000}, ConfigError, "a multiple of 2048"),
+        ({"workers": -1}, ConfigError, "workers = -1; it must be 0"),
         ({"obs_filter": "tissue == 'brain'"}, DataError, "keeps no cell"),
         ({"obs_filter": "tisue == 'brain'"}, DataError, "is not understood"),
         ({"measurement": "RMA"}, DataError, "Did you mean 'RNA'"),
@@ -255,3 +260,75 @@ def test_a_place_inside_a_store_is_refused(census, tmp_path, make_store):
     for write in (relayout, copy_store):
         with pytest.raises(DataError, match="lies in the store .*would lose it"):
             write(census, inside)
+
+
+def content(uri):
+    """All that a store holds."""
+    store = open_store(uri)
+    with tiledbsoma.open(uri) as experiment:
+        var = experiment.ms["RNA"].var.read().concat().to_pandas()
+    sketch = stored_sketch(uri).to_bytes()
+    return matrix(store).tobytes(), store.obs().to_csv(), var.to_csv(), sketch
+
+
+@pytest.fixture(scope="module")
+def long(tmp_path_factory, census):
+    """Five parts of cells: the source, thrice."""
+    folder = tmp_path_factory.mktemp("long")
+    for number in range(3):
+        adata = make_adata(np.vstack([COUNTS, COUNTS[:3000]]), GENES, prefix=f"c{number}-")
+        adata.write_h5ad(folder / f"{number}.h5ad")
+    files = [str(folder / f"{n}.h5ad") for n in range(3)]
+    ingest(IngestConfig(files=files, uri=str(folder / "store"), workers=1))
+    return str(folder / "store")
+
+
+def test_the_store_is_the_same_for_any_number_of_workers(ray_cluster, long, tmp_path):
+    lines = []
+    for workers in (1, 2):
+        place = str(tmp_path / str(workers))
+        relayout(long, place, cells_per_block=2048, workers=workers, progress=lines.append)
+    assert content(str(tmp_path / "1")) == content(str(tmp_path / "2"))
+    assert sum(line.startswith("24,000 of 24,000 cells, ") for line in lines) == 2
+
+
+KILLED = """
+import os, signal, sys
+from cellray.data import relayout_parts as module
+from cellray.data.relayout import relayout
+real, seen = module.write_block, []
+def write(*args):
+    real(*args)
+    seen.append(1)
+    if len(seen) == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+module.write_block = write
+relayout(sys.argv[1], sys.argv[2], cells_per_block=2048, workers=1)
+"""
+
+
+def test_a_killed_relayout_goes_on_where_it_was(long, tmp_path):
+    target = str(tmp_path / "store")
+    done = subprocess.run([sys.executable, "-c", KILLED, long, target], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "store").exists()
+    lines = []
+    relayout(long, target, cells_per_block=2048, workers=1, progress=lines.append)
+    assert lines[0] == "16,384 of 24,000 cells taken over from one that was interrupted"
+    relayout(long, str(tmp_path / "whole"), cells_per_block=2048, workers=1)
+    assert content(target) == content(str(tmp_path / "whole"))
+    assert not staging_of(tmp_path / "store").exists()
+
+
+def test_parts_of_another_state_of_the_source_are_not_taken_over(make_store, tmp_path, write_h5ad):
+    source, target = make_store(np.vstack([COUNTS] * 2), GENES), str(tmp_path / "new")
+    kill = KILLED.replace("== 10", "== 5")
+    subprocess.run([sys.executable, "-c", kill, source.uri, target], check=False)
+    left = staging_of(tmp_path / "new") / "parts"
+    assert any((p / "figures.npz").is_file() for p in left.iterdir())
+    path = write_h5ad("more.h5ad", make_counts(9, NUM_GENES, seed=8), GENES, prefix="new")
+    ingest(IngestConfig(files=[path], uri=source.uri))
+    lines = []
+    relayout(source.uri, target, cells_per_block=2048, progress=lines.append)
+    assert not any("taken over" in line for line in lines)
+    assert open_store(target).num_cells == 10_009
