@@ -30,7 +30,6 @@ __all__ = ["CopyReport", "copy_store", "publish_to", "refuse_taken"]
 
 Progress = Callable[[str], None]
 _AT_ONCE = 8
-_PROBE = "cellray_may_write_here"
 _CHUNK_BYTES = 8 << 20
 _SAY_EVERY_S = 2.0
 _GROUP_FILE = "__tiledb_group.tdb"
@@ -246,8 +245,9 @@ def refuse_taken(uri: str, *, tiledb: Mapping[str, str] | None = None) -> None:
     To be asked before a store is built for hours to be put there.
 
     Raises:
-        DataError: it is taken, or the storage refuses a small file.
+        DataError: it is taken, its bucket does not exist, or the storage does not answer.
     """
+    path = local_path(uri)
     target = _End.of(*address(uri, tiledb))
     try:
         if _is_store(target.files()) and unfinished_copy(target.uri, target.options) is None:
@@ -255,11 +255,18 @@ def refuse_taken(uri: str, *, tiledb: Mapping[str, str] | None = None) -> None:
                 f"there is a store at '{uri}' already; a store in an object store is not appended "
                 "to: copy it to a folder, append there, and copy the result to another address"
             )
-        with target.place.open_output_stream(target.path(_PROBE)) as stream:
-            stream.write(b"cellray")
-        target.place.delete_file(target.path(_PROBE))
+        if path is None and _no_bucket(target):
+            raise DataError(f"'{uri}' cannot be written to: there is no such bucket; make it first")
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"'{uri}' cannot be written to: {brief(error)}. {hint(error)}") from error
+
+
+def _no_bucket(end: _End) -> bool:
+    try:
+        found = end.place.get_file_info(end.root.partition("/")[0])
+    except OSError:  # one may write to a bucket without being allowed to look at it
+        return False
+    return bool(found.type == fs.FileType.NotFound)
 
 
 def publish_to(
