@@ -139,9 +139,11 @@ class DeepSpeedEngine:
             scale=float(world_size() * self._accumulation),
         )
 
-    def evaluate(self, batches: Iterable[CellBatch]) -> StepStats:
+    def evaluate(self, batches: Iterable[CellBatch], *, counted: int | None = None) -> StepStats:
         """See :class:`cellray.train.engine.Engine`; at stage 3 ranks must have equally many."""
-        return evaluate_batches(self._engine, self._objective, batches, precision="fp32")
+        return evaluate_batches(
+            self._engine, self._objective, batches, precision="fp32", counted=counted
+        )
 
     def save(self, folder: Path) -> None:
         """See :class:`cellray.train.engine.Engine`; every rank writes its own optimizer shard."""

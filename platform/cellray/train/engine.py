@@ -59,8 +59,14 @@ class Engine(Protocol):
         """Accumulate the gradients of the micro-batches and take one optimizer step."""
         ...
 
-    def evaluate(self, batches: Iterable[CellBatch]) -> StepStats:
-        """The loss over batches without training; every rank must call it."""
+    def evaluate(self, batches: Iterable[CellBatch], *, counted: int | None = None) -> StepStats:
+        """The loss over batches without training; every rank must call it.
+
+        Args:
+            batches: this rank's; every rank needs equally many.
+            counted: how many of them count, the first ones; the others only keep step with the
+                other ranks. None counts all.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -109,8 +115,19 @@ def _stats(losses: Sequence[Loss]) -> StepStats:
     return StepStats(total * share, int(count), shared)
 
 
+def _uncounted(loss: Loss) -> Loss:
+    """The same names, nothing in them."""
+    nothing = {name: torch.zeros_like(part) for name, part in loss.parts.items()}
+    return Loss(torch.zeros_like(loss.total), 0, nothing)
+
+
 def evaluate_batches(
-    module: nn.Module, objective: Objective, batches: Iterable[CellBatch], *, precision: str
+    module: nn.Module,
+    objective: Objective,
+    batches: Iterable[CellBatch],
+    *,
+    precision: str,
+    counted: int | None = None,
 ) -> StepStats:
     """The objective's mean loss over all ranks' batches, in eval mode, without gradients."""
     device = next(module.parameters()).device
@@ -118,11 +135,12 @@ def evaluate_batches(
     module.eval()
     losses = []
     with torch.no_grad():
-        for batch in batches:
+        for number, batch in enumerate(batches):
             on_device = batch.to(device)
             with autocast(device, precision):
                 output = module(on_device)
-            losses.append(objective.loss(output, on_device))
+            loss = objective.loss(output, on_device)
+            losses.append(loss if counted is None or number < counted else _uncounted(loss))
     module.train(was_training)
     return _stats(losses)
 
@@ -212,9 +230,11 @@ class TorchEngine:
             p.grad = flat[offset : offset + p.numel()].view_as(p)
             offset += p.numel()
 
-    def evaluate(self, batches: Iterable[CellBatch]) -> StepStats:
+    def evaluate(self, batches: Iterable[CellBatch], *, counted: int | None = None) -> StepStats:
         """See :class:`Engine`."""
-        return evaluate_batches(self.module, self._objective, batches, precision=self._precision)
+        return evaluate_batches(
+            self.module, self._objective, batches, precision=self._precision, counted=counted
+        )
 
     def save(self, folder: Path) -> None:
         """See :class:`Engine`; rank 0 writes, all ranks hold the same."""

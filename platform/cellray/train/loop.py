@@ -193,6 +193,7 @@ class Loop:
         report: receives metrics; called equally often on every rank.
         validation: this rank's validation micro-batches, already corrupted; the same number on
             every rank.
+        validation_counted: how many of them count, the first ones; None: all.
     """
 
     engine: Engine
@@ -203,6 +204,7 @@ class Loop:
     save_every_steps: int
     report: Report
     validation: list[CellBatch] = field(default_factory=list)
+    validation_counted: int | None = None
 
     def run(self, stream: Iterable[StepInput]) -> None:
         """Train to the end of the stream."""
@@ -241,7 +243,7 @@ class Loop:
         metrics |= {"step": float(done), "epoch": float(epoch), "learning_rate": lr}
         metrics["eta_s"] = metrics["step_s"] * (self.total_steps - done)
         if self._saves(done) and self.validation:
-            stats = self.engine.evaluate(self.validation)
+            stats = self.engine.evaluate(self.validation, counted=self.validation_counted)
             metrics["validation/loss"] = stats.loss
             metrics |= {f"validation/{name}": value for name, value in stats.parts.items()}
         self.report(metrics, self._due(done, self.save_every_steps))

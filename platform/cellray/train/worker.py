@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import ray
 import ray.train
 import torch
@@ -170,7 +171,7 @@ class _Worker:
             job.seed,
             packed=job.batch.packing == "packed",
         )
-        self.validation = self._validation()
+        self.validation, self.counted = self._validation()
         self.engine, self.first_step = self._engine()
         self.telemetry = Telemetry(job.name, self.rank, first_step=self.first_step)
 
@@ -211,20 +212,35 @@ class _Worker:
         torch.manual_seed(job.seed + manifest.step)
         return engine, manifest.step
 
-    def _validation(self) -> list[CellBatch]:
-        """This rank's share of the validation cells, the same number of batches on every rank."""
+    def _validation(self) -> tuple[list[CellBatch], int]:
+        """This rank's share of the validation cells, and how many of its batches count.
+
+        The cells of all ranks together are the same for any number of workers. Every rank has the
+        same number of batches: where it has no cell left for its last one, a cell that does not
+        count fills it.
+        """
         job = self.job
         joinids = job.data.validation
-        share = min(len(joinids), job.train.eval_cells) // self.world
-        if share == 0:
+        wanted = min(len(joinids), job.train.eval_cells)
+        if wanted == 0:
+            return [], 0
+        # evenly spread over the store's order, then dealt to ranks
+        chosen = joinids[np.linspace(0, len(joinids) - 1, wanted).round().astype(np.int64)]
+        batches = self._judged(chosen[self.rank :: self.world])
+        own = len(batches)
+        most = len(chosen[:: self.world])  # cells of rank 0, which has no fewer than any other
+        micro = job.batch.cells_micro
+        batches += self._judged(chosen[:1]) * (-(-most // micro) - own)
+        return batches, own
+
+    def _judged(self, joinids: npt.NDArray[np.int64]) -> list[CellBatch]:
+        """Validation micro-batches of the given cells."""
+        if not len(joinids):
             return []
-        # Evenly spread over the store's order, then dealt to ranks: the union is the same for
-        # any number of workers up to a remainder.
-        spread = np.linspace(0, len(joinids) - 1, share * self.world).round().astype(np.int64)
-        mine = joinids[spread][self.rank :: self.world]
-        tokenizer = make_tokenizer(job.data.source.tokenizer, self.vocab)
-        block = job.data.source.tokens(mine, epoch=0, tokenizer=tokenizer)
-        return self.collator(block, job.data.source.covariates(mine), epoch=0)
+        source = self.job.data.source
+        tokenizer = make_tokenizer(source.tokenizer, self.vocab)
+        block = source.tokens(joinids, epoch=0, tokenizer=tokenizer)
+        return list(self.collator(block, source.covariates(joinids), epoch=0))
 
     def report(self, metrics: dict[str, float], save: bool) -> None:
         """Send metrics, and on saving steps a checkpoint, to the controller."""
@@ -260,6 +276,7 @@ class _Worker:
             save_every_steps=job.checkpoint.every_steps,
             report=self.report,
             validation=self.validation,
+            validation_counted=self.counted,
         )
         loop.run(self._stream())
 
