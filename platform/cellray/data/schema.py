@@ -112,9 +112,9 @@ def presence(measurement: str) -> str:
 def x_options() -> dict[str, Any]:
     """Creation options of X: tiles of 64 cells x all genes, capacity 65,536, zstd 3.
 
-    Chosen by measurement among 38 layouts (``tests/benchmarks/results/layout.json``): the fastest at
-    shuffled runs of 64 cells reads 13 % more of them, near the noise of the machine, and takes 15 %
-    more bytes. It reads them 1.8 times as fast as the tiles and zstd 9 of the Census (of 8,192
+    Chosen by measurement among 38 layouts (``tests/benchmarks/results/layout.json``): the fastest
+    at shuffled runs of 64 cells reads 13 % more of them, near the noise of the machine, and takes
+    15 % more bytes. It reads them 1.8 times as fast as the tiles and zstd 9 of the Census (of 8,192
     cells; more in larger stores), and costs 4 % more bytes a cell.
     """
     create = {
