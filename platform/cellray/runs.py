@@ -26,7 +26,7 @@ from cellray.core.section import (
 )
 from cellray.data.config import DataSection
 from cellray.data.synthetic_config import SynthesizeConfig
-from cellray.models.base import family
+from cellray.models.base import family, with_preset
 from cellray.train.config import (
     BatchSection,
     CheckpointSection,
@@ -247,6 +247,7 @@ def _named(raw: dict[str, Any], key: str, name: str, default: str) -> str:
 def _plug_model(raw: dict[str, Any], *, objective: bool) -> dict[str, type[Section]]:
     unit = family(_named(raw, "model", "family", ""))
     tokenizer = _named(raw, "tokenizer", "name", unit.tokenizer)
+    raw["model"], raw["tokenizer"] = with_preset(unit, raw["model"], raw["tokenizer"])
     types: dict[str, type[Section]] = {
         "model": unit.config,
         "tokenizer": registry.find("cellray.tokenizers", tokenizer, "TOKENIZER").config,

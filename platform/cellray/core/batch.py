@@ -112,11 +112,14 @@ class ModelOutput:
         hidden: (B, T, D) last hidden states; (P, D) of a packed batch.
         cell: (B, D) cell embedding used for training heads.
         predictions: name -> tensor; each objective names the prediction it reads.
+        panel: (B, S, D) last hidden states of a sequence of the model's own (a fixed gene panel,
+            pathways), None for models that have none.
     """
 
     hidden: Tensor
     cell: Tensor
     predictions: Mapping[str, Tensor] = field(default_factory=dict)
+    panel: Tensor | None = None
 
 
 def _per_token(batch: CellBatch) -> dict[str, Tensor]:

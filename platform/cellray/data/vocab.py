@@ -41,6 +41,8 @@ class Vocab:
         specials: token id of each special, e.g. ``{"<pad>": 0, "<mask>": 1}``.
         medians: (G,) float32 corpus-wide non-zero medians of the 10,000-normalised counts, as
             Geneformer needs, or None.
+        gene_sets: name -> ascending positions in ``gene_ids`` of its members, in the order a model
+            knows the sets, or None.
     """
 
     gene_ids: tuple[str, ...]
@@ -48,6 +50,7 @@ class Vocab:
     gene_tokens: npt.NDArray[np.int32]
     specials: Mapping[str, int]
     medians: npt.NDArray[np.float32] | None = None
+    gene_sets: Mapping[str, tuple[int, ...]] | None = None
 
     @classmethod
     def from_genes(
@@ -99,13 +102,15 @@ class Vocab:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over gene ids, token ids, specials and medians: what changes tokens."""
+        """SHA-256 over gene ids, token ids, specials, medians and gene sets."""
         digest = hashlib.sha256()
         digest.update("\n".join(self.gene_ids).encode())
         digest.update(self.gene_tokens.astype("<i4").tobytes())
         digest.update(json.dumps(sorted(self.specials.items())).encode())
         if self.medians is not None:
             digest.update(self.medians.astype("<f4").tobytes())
+        if self.gene_sets is not None:
+            digest.update(json.dumps(list(self.gene_sets.items())).encode())
         return digest.hexdigest()
 
     def with_medians(self, medians: npt.NDArray[np.float32]) -> Vocab:
@@ -160,6 +165,9 @@ class Vocab:
             "gene_tokens": self.gene_tokens.tolist(),
             "specials": dict(self.specials),
             "medians": None if self.medians is None else [float(m) for m in self.medians],
+            "gene_sets": (
+                None if self.gene_sets is None else {k: list(v) for k, v in self.gene_sets.items()}
+            ),
         }
 
     @classmethod
@@ -171,13 +179,16 @@ class Vocab:
         """
         if raw.get("format") != "cellray.vocab.v1":
             raise DataError(f"not a cellray vocabulary: format is {raw.get('format')!r}")
-        medians = raw["medians"]
+        medians, sets = raw["medians"], raw.get("gene_sets")
         return cls(
             gene_ids=tuple(raw["gene_ids"]),  # type: ignore[arg-type]
             symbols=tuple(raw["symbols"]),  # type: ignore[arg-type]
             gene_tokens=np.array(raw["gene_tokens"], dtype=np.int32),
             specials=dict(raw["specials"]),  # type: ignore[call-overload]
             medians=None if medians is None else np.array(medians, dtype=np.float32),
+            gene_sets=(
+                None if sets is None else {k: tuple(v) for k, v in sets.items()}  # type: ignore[attr-defined]
+            ),
         )
 
     def save(self, path: str | Path) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from cellray.core import registry
 from cellray.core.batch import CellBatch, ModelOutput
+from cellray.core.errors import ConfigError, did_you_mean
 from cellray.core.section import Section
 from cellray.data.vocab import Vocab
 
@@ -27,15 +28,24 @@ __all__ = [
     "Family",
     "ModelConfig",
     "PredictsExpression",
+    "Preset",
+    "begin",
     "build_model",
     "family",
+    "with_preset",
 ]
 
 
 class ModelConfig(Section):
-    """Keys every family has; each adds its own in its own file."""
+    """Keys every family has; each adds its own in its own file.
+
+    Attributes:
+        family: the family's key.
+        preset: published model whose sizes (and tokenizer keys) fill in what is not given; "" none.
+    """
 
     family: str
+    preset: str = ""
 
 
 class CellModel(nn.Module):
@@ -80,7 +90,11 @@ class ExposesAttention(Protocol):
     """Shows what its tokens attend to."""
 
     def attention(self, batch: CellBatch, layer: int = -1) -> torch.Tensor:
-        """Attention probabilities of one layer, (B, H, T, T) float32, 0 at padding."""
+        """Attention probabilities of one layer, (B, H, T, T) float32, 0 at padding.
+
+        T are the batch's tokens, or, for a model with a sequence of its own (a fixed gene panel,
+        pathways), that sequence, which has no padding.
+        """
         ...
 
 
@@ -92,11 +106,42 @@ class BuildContext:
         vocab: the gene space.
         covariates: name -> number of categories of each covariate the run carries.
         max_tokens: the tokenizer's longest cell, specials included.
+        tokenizer: the tokenizer's configuration, where it is known.
     """
 
     vocab: Vocab
     covariates: Mapping[str, int] = field(default_factory=dict)
     max_tokens: int = 2048
+    tokenizer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The sizes of a published model.
+
+    Attributes:
+        model: keys of ``[model]``.
+        tokenizer: keys of ``[tokenizer]``.
+        num_genes: genes of its vocabulary.
+        specials: special tokens of its vocabulary.
+        num_parameters: values of its published weights, tied ones once; 0 if none are published.
+        source: where the sizes stand.
+    """
+
+    model: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    num_genes: int
+    specials: tuple[str, ...]
+    num_parameters: int
+    source: str
+
+
+def _as_it_is(config: Any, vocab: Vocab) -> Vocab:
+    return vocab
+
+
+def _nothing(config: Any, vocab: Vocab) -> dict[str, torch.Tensor]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -109,7 +154,16 @@ class Family:
         tokenizer: key of the tokenizer its source uses.
         objective: key of the objective it is pretrained with.
         build: (config, context) -> model; raises ConfigError if they do not fit.
-        classifier: (config, num_classes) -> module from cell embedding (B, D) to logits (B, C).
+        classifier: (config, context, num_classes) -> module from what ``head_reads`` names to
+            logits (B, C).
+        head_reads: the classifier's input: ``cell`` (B, D), or ``panel`` (B, S, D), the hidden
+            states of the model's own sequence.
+        presets: name -> published sizes.
+        prepare: (config, vocab) -> the gene space of a new model, with what the family adds to it
+            (gene sets); called on the driver, so that files are read once.
+        start: (config, vocab) -> weights that a new model starts with (a published gene table),
+            under the model's own names; called on the driver.
+        refuse_below: a cell whose best class has a lower probability is not annotated; 0 never.
     """
 
     name: str
@@ -117,7 +171,45 @@ class Family:
     tokenizer: str
     objective: str
     build: Callable[[Any, BuildContext], CellModel]
-    classifier: Callable[[Any, int], nn.Module]
+    classifier: Callable[[Any, BuildContext, int], nn.Module]
+    head_reads: Literal["cell", "panel"] = "cell"
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    prepare: Callable[[Any, Vocab], Vocab] = _as_it_is
+    start: Callable[[Any, Vocab], dict[str, torch.Tensor]] = _nothing
+    refuse_below: float = 0.0
+
+
+def begin(config: ModelConfig, vocab: Vocab) -> tuple[Vocab, dict[str, torch.Tensor] | None]:
+    """The gene space of a new model, and the weights it starts with besides drawn ones.
+
+    Raises:
+        CellrayError: a file that the configuration names is missing or does not fit the genes.
+    """
+    unit = family(config.family)
+    vocab = unit.prepare(config, vocab)
+    return vocab, unit.start(config, vocab) or None
+
+
+def with_preset(
+    unit: Family, model: Mapping[str, Any], tokenizer: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ``[model]`` and ``[tokenizer]`` tables with what ``model.preset`` fills in.
+
+    Keys that are given stay as they are.
+
+    Raises:
+        ConfigError: the family has no such preset.
+    """
+    name = str(model.get("preset") or "")
+    if not name:
+        return dict(model), dict(tokenizer)
+    if name not in unit.presets:
+        raise ConfigError(
+            f"model.preset = '{name}' is no preset of {unit.name}."
+            f"{did_you_mean(name, unit.presets)} It has: {', '.join(unit.presets) or 'none'}"
+        )
+    preset = unit.presets[name]
+    return {**preset.model, **model}, {**preset.tokenizer, **tokenizer}
 
 
 def family(name: str) -> Family:
@@ -132,20 +224,27 @@ class CellClassifier(CellModel):
 
     Args:
         backbone: a family's model.
-        head: (B, D) -> (B, C) logits.
+        head: what ``reads`` names -> (B, C) logits.
+        reads: ``cell``, the cell embedding (B, D), or ``panel``, the hidden states of the model's
+            own sequence (B, S, D).
     """
 
-    def __init__(self, backbone: CellModel, head: nn.Module) -> None:
+    def __init__(
+        self, backbone: CellModel, head: nn.Module, reads: Literal["cell", "panel"] = "cell"
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.reads = reads
         self.width = backbone.width
 
     def forward(self, batch: CellBatch) -> ModelOutput:
         """Adds ``class_logits`` (B, C); the backbone sees no targets."""
         bare = replace(batch, targets=None, target_mask=None, unknown_mask=None)
         output: ModelOutput = self.backbone(bare)
-        return replace(output, predictions={"class_logits": self.head(output.cell)})
+        seen = output.cell if self.reads == "cell" else output.panel
+        assert seen is not None, "a family whose head reads the panel gives one"
+        return replace(output, predictions={"class_logits": self.head(seen)})
 
 
 def build_model(
@@ -155,5 +254,6 @@ def build_model(
     unit = family(name)
     model = unit.build(config, context)
     if num_classes:
-        return CellClassifier(model, unit.classifier(config, num_classes))
+        head = unit.classifier(config, context, num_classes)
+        return CellClassifier(model, head, unit.head_reads)
     return model

@@ -202,7 +202,7 @@ def _build(config: GeneformerConfig, context: BuildContext) -> Geneformer:
     return Geneformer(config, context)
 
 
-def _classifier(config: GeneformerConfig, num_classes: int) -> nn.Module:
+def _classifier(config: GeneformerConfig, context: BuildContext, num_classes: int) -> nn.Module:
     head = PooledClassifier(config.width, num_classes=num_classes, dropout=config.dropout)
     return head.apply(init_bert)
 

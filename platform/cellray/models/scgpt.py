@@ -207,7 +207,7 @@ def _build(config: ScgptConfig, context: BuildContext) -> Scgpt:
     return Scgpt(config, context)
 
 
-def _classifier(config: ScgptConfig, num_classes: int) -> nn.Module:
+def _classifier(config: ScgptConfig, context: BuildContext, num_classes: int) -> nn.Module:
     return MlpClassifier(config.width, num_classes=num_classes, num_hidden=_CLASSIFIER_HIDDEN)
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional
 __all__ = [
     "CellGeneDecoder",
     "ExpressionDecoder",
+    "GeneAxisClassifier",
     "MlpClassifier",
     "PooledClassifier",
     "TiedTokenDecoder",
@@ -127,4 +128,35 @@ class PooledClassifier(nn.Module):
         """(B, D) -> (B, C) logits."""
         pooled_BD = self.dropout(torch.tanh(self.pooler(cell_BD)))
         logits_BC: Tensor = self.classifier(pooled_BD)
+        return logits_BC
+
+
+class GeneAxisClassifier(nn.Module):
+    """scBERT's classifier: one number a place, then two hidden layers over all places.
+
+    ``Linear(D -> 1)`` at each place, ReLU, then S -> 512 -> 128 -> C with ReLU and dropout.
+
+    Args:
+        width: D.
+        num_classes: C.
+        dropout: after each of the two hidden layers.
+        num_places: S.
+    """
+
+    def __init__(self, width: int, *, num_classes: int, dropout: float, num_places: int) -> None:
+        super().__init__()
+        self.squeeze = nn.Linear(width, 1)
+        self.layers = nn.Sequential(
+            nn.Linear(num_places, 512),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(512, 128),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(128, num_classes),
+        )
+
+    def forward(self, panel_BSD: Tensor) -> Tensor:
+        """(B, S, D) -> (B, C) logits."""
+        logits_BC: Tensor = self.layers(torch.relu(self.squeeze(panel_BSD).squeeze(-1)))
         return logits_BC

@@ -25,7 +25,12 @@ from pydantic import Field, field_validator
 from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.draw import Draw
 from cellray.data.vocab import Vocab
-from cellray.objectives._keyed import gene_positions, is_gene_table, missing_prediction
+from cellray.objectives._keyed import (
+    gene_positions,
+    is_gene_table,
+    missing_prediction,
+    smallest_of_each_cell,
+)
 from cellray.objectives.base import Loss, ObjectiveConfig, ObjectiveUnit
 
 __all__ = ["OBJECTIVE", "Generative", "GenerativeConfig"]
@@ -93,20 +98,19 @@ class Generative:
         self, batch: CellBatch, genes: npt.NDArray[np.bool_], draw: Draw
     ) -> npt.NDArray[np.bool_]:
         """Of ``token_ids``' shape, True at the genes with the smallest draws of their cell."""
-        cells = batch.cell_ids.numpy()
-        places = np.flatnonzero(genes)
-        rows = batch.token_rows().numpy().reshape(-1)[places]
         ratios = np.array(self.config.mask_ratios)
-        pick = draw.uniform("generative.ratio", cells) * len(ratios)
-        lengths = np.bincount(rows, minlength=len(cells))
-        wanted = np.floor(ratios[pick.astype(np.int64)] * lengths + 0.5).astype(np.int64)
-        wanted = np.minimum(np.maximum(wanted, 1), lengths)
-        tokens = batch.token_ids.numpy().reshape(-1)[places]
-        keys = draw.uniform("generative.genes", cells[rows], tokens)
-        order = np.lexsort((keys, rows))  # stable, cell by cell
-        rank = np.arange(len(places)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        pick = draw.uniform("generative.ratio", batch.cell_ids.numpy()) * len(ratios)
+        ratio_B = ratios[pick.astype(np.int64)]
+
+        def wanted(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+            rounded = np.floor(ratio_B * lengths + 0.5).astype(np.int64)
+            return np.minimum(np.maximum(rounded, 1), lengths)
+
+        chosen, _, _ = smallest_of_each_cell(
+            batch, genes, draw, stream="generative.genes", wanted=wanted
+        )
         unknown = np.zeros(genes.shape, dtype=bool)
-        unknown.reshape(-1)[places[order[rank < wanted[rows]]]] = True
+        unknown.reshape(-1)[chosen] = True
         return unknown
 
     def loss(self, output: ModelOutput, batch: CellBatch) -> Loss:

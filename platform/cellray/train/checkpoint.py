@@ -158,6 +158,7 @@ def model_of(manifest: Manifest, vocab: Vocab) -> CellModel:
         vocab=vocab,
         covariates={name: len(levels) for name, levels in manifest.covariates.items()},
         max_tokens=int(manifest.tokenizer.get("max_tokens", 2048)),
+        tokenizer=manifest.tokenizer,
     )
     return build_model(manifest.family, config, context, num_classes=len(manifest.classes))
 

@@ -17,7 +17,7 @@ from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.infer.embed import embed_cells
 from cellray.infer.load import LoadedModel, load
-from cellray.models.base import CellClassifier
+from cellray.models.base import CellClassifier, ModelConfig, begin
 from cellray.tasks.base import Split, Targets, Task, task
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 from cellray.train.prepare import (
@@ -106,6 +106,8 @@ def _start(
     assert run.tokenizer is not None
     model, tokenizer = to_dict(run.model), to_dict(run.tokenizer)
     vocab = store_vocab(cells, run.data, tokenizer["name"], train, run.seed)
+    assert isinstance(run.model, ModelConfig)
+    vocab, weights = begin(run.model, vocab)
     empty = Manifest(
         family=model["family"],
         model=model,
@@ -114,7 +116,7 @@ def _start(
         vocab_fingerprint=vocab.fingerprint,
         data_fingerprint="",
     )
-    return empty, vocab, None
+    return empty, vocab, weights
 
 
 def _covariates(run: FinetuneRun) -> tuple[DataSection, Mapping[str, list[str]]]:

@@ -7,7 +7,7 @@ selection, the vocabulary, the label column, the checkpoint to start from.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -280,6 +280,7 @@ def check_vocab(data: DataSection, vocab: Vocab, checkpoint: str) -> None:
     if given == "store":
         return
     other = Vocab.load(given)
+    vocab = replace(vocab, gene_sets=other.gene_sets)  # those are the model's, not the file's
     if other.fingerprint == vocab.fingerprint:
         return
     common = len(set(other.gene_ids) & set(vocab.gene_ids))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cellray.core.errors import CheckpointError
+from cellray.core.errors import CheckpointError, ConfigError
 from cellray.core.section import flatten, to_dict
+from cellray.models.base import ModelConfig, begin
+from cellray.objectives.classification import OBJECTIVE as CLASSIFICATION
 from cellray.train.checkpoint import Manifest, read_checkpoint
 from cellray.train.prepare import (
     TrainingData,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Pretraining", "prepare_pretrain", "pretrain"]
 
 Say = Callable[[str], None]
+LABELLED = CLASSIFICATION.name
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         CellrayError: whatever in the configuration does not fit the data.
     """
     device = pick_device(run.scale)
+    if to_dict(run.objective)["name"] == LABELLED:
+        raise ConfigError(
+            f"objective '{LABELLED}' learns from labels, which 'cellray pretrain' does not read; "
+            "train this family with 'cellray finetune' and a [model] section (no init_from)"
+        )
     cells = select_cells(run.data)
     held = validation_mask(cells, run.data)
     train, validation = cells.joinids[~held], cells.joinids[held]
@@ -62,6 +70,8 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         _check_start(run, before)
     else:
         vocab = store_vocab(cells, run.data, tokenizer["name"], train, run.seed)
+        assert isinstance(run.model, ModelConfig)
+        vocab, weights = begin(run.model, vocab)
     data = make_training_data(
         cells,
         run.data,

@@ -1,0 +1,161 @@
+"""The Performer encoder that scBERT and scFoundation's decoder share: pre-norm blocks of FAVOR+.
+
+Legend: B cells, T tokens, D width, F inner width of the feed-forward layer, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cellray.nn.favor import FavorAttention, KeyMax
+
+__all__ = ["Performer", "PerformerBlock", "PerformerSpec", "RedrawSchedule"]
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class PerformerSpec:
+    """Sizes of a stack.
+
+    Attributes:
+        width: D.
+        num_layers: blocks.
+        num_heads: H.
+        head_width: width of a head; H * ``head_width`` need not be D.
+        ffn_width: F.
+        bias: whether queries, keys and values have biases.
+        dropout: after attention and after the feed-forward layer.
+        key_max: see :func:`cellray.nn.favor.favor_attention`.
+        redraw_every: training passes between two draws of random features; 0 keeps the first.
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    head_width: int
+    ffn_width: int
+    bias: bool
+    dropout: float = 0.0
+    key_max: KeyMax = "cell"
+    redraw_every: int = 1000
+
+
+class PerformerBlock(nn.Module):
+    """``x = x + attention(norm(x)); x = x + feed_forward(norm(x))``, with GELU."""
+
+    def __init__(self, spec: PerformerSpec) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(spec.width)
+        self.attention = FavorAttention(
+            spec.width,
+            num_heads=spec.num_heads,
+            head_width=spec.head_width,
+            bias=spec.bias,
+            key_max=spec.key_max,
+        )
+        self.ffn_norm = nn.LayerNorm(spec.width)
+        self.expand = nn.Linear(spec.width, spec.ffn_width)
+        self.activation = nn.GELU()
+        self.contract = nn.Linear(spec.ffn_width, spec.width)
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        hidden_BTD = hidden_BTD + self.dropout(self.attention(self.attention_norm(hidden_BTD)))
+        inner_BTF = self.activation(self.expand(self.ffn_norm(hidden_BTD)))
+        return hidden_BTD + self.dropout(self.contract(inner_BTF))
+
+
+class Performer(nn.Module):
+    """A stack of blocks whose random features are drawn anew now and then in training.
+
+    Args:
+        spec: sizes.
+    """
+
+    def __init__(self, spec: PerformerSpec) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PerformerBlock(spec) for _ in range(spec.num_layers))
+        self.schedule = RedrawSchedule(spec.redraw_every)
+        self.redraw()
+
+    def forward(self, hidden_BTD: Tensor, *, num_layers: int | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D) through the first ``num_layers`` blocks, or all."""
+        if self.training and self.schedule.due():
+            self.redraw()
+        for block in self.blocks[:num_layers]:
+            hidden_BTD = block(hidden_BTD)
+        return hidden_BTD
+
+    def redraw(self) -> None:
+        """Draw the features of every layer for the schedule's current state."""
+        for number, block in enumerate(self.blocks):
+            assert isinstance(block, PerformerBlock)
+            block.attention.redraw(self.schedule.layer_seed(number))
+
+    def weights(self, hidden_BTD: Tensor, *, layer: int) -> tuple[Tensor, Tensor]:
+        """Factors of one layer's attention, see :func:`cellray.nn.favor.favor_weights`."""
+        index = range(len(self.blocks))[layer]
+        for block in self.blocks[:index]:
+            hidden_BTD = block(hidden_BTD)
+        block = self.blocks[index]
+        assert isinstance(block, PerformerBlock)
+        return block.attention.weights(block.attention_norm(hidden_BTD))
+
+
+_SAVED = ("calls", "redraws", "seed")
+
+
+class RedrawSchedule(nn.Module):
+    """Counts training passes and says when a stack of FAVOR+ layers takes new features.
+
+    The three numbers are part of the state dict, so that a run that goes on draws what the
+    unbroken one would have; they live on the host, so that counting never waits for a GPU.
+
+    Args:
+        every: training passes between two draws; 0 never draws again.
+    """
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.every = every
+        self.calls = 0
+        self.redraws = 0
+        drawn = torch.randint(1 << 31, (1,))
+        self.seed = 0 if drawn.is_meta else int(drawn)
+
+    def due(self) -> bool:
+        """Count a training pass; True if features are to be drawn before it."""
+        if self.every and self.calls >= self.every:
+            self.calls = 0
+            self.redraws += 1
+            return True
+        self.calls += 1
+        return False
+
+    def layer_seed(self, layer: int) -> int:
+        """The seed of one layer's features now."""
+        return (self.seed * 1_000_003 + self.redraws * 8_191 + layer) % (1 << 63)
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in _SAVED:
+            destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.int64)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        rest = dict(state_dict)
+        for name in _SAVED:
+            value = rest.pop(prefix + name, None)
+            if value is not None and not value.is_meta:
+                setattr(self, name, int(value))
+        super()._load_from_state_dict(rest, prefix, *args)
