@@ -119,6 +119,10 @@ class Vocab:
             raise DataError(f"{medians.shape} medians given for {len(self)} genes")
         return replace(self, medians=medians.astype(np.float32))
 
+    def with_gene_sets(self, gene_sets: Mapping[str, tuple[int, ...]]) -> Vocab:
+        """The same vocabulary with gene sets: name -> positions in ``gene_ids``."""
+        return replace(self, gene_sets=dict(gene_sets))
+
     def match(
         self, feature_ids: Sequence[str], symbols: Sequence[str] | None = None
     ) -> npt.NDArray[np.int32]:
