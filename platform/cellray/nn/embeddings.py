@@ -7,8 +7,15 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-__all__ = ["ConditionEmbedding", "ContinuousValueEncoder", "NormedEmbedding", "RankedEmbedding"]
+__all__ = [
+    "ConditionEmbedding",
+    "ContinuousValueEncoder",
+    "NormedEmbedding",
+    "RankedEmbedding",
+    "SoftBinEmbedding",
+]
 
 Tensor = torch.Tensor
 
@@ -113,3 +120,34 @@ class ConditionEmbedding(nn.Module):
         known_B1 = (codes_B >= 0)[:, None]
         embedded_BD: Tensor = self.table(codes_B.clamp(min=0)) * known_B1
         return embedded_BD
+
+
+class SoftBinEmbedding(nn.Module):
+    """A number as a weighted mean of learnt vectors: scFoundation's auto-discretisation.
+
+    ``h = leaky_relu(W1 v + b1); w = softmax(W2 h + b2 + alpha h); e = w^T E``.
+
+    Args:
+        width: D.
+        num_bins: vectors to mix.
+        alpha: weight of the residual.
+    """
+
+    def __init__(self, width: int, *, num_bins: int, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.lift = nn.Linear(1, num_bins)
+        self.mix = nn.Linear(num_bins, num_bins)
+        self.table = nn.Embedding(num_bins, width)
+        self.mask = nn.Parameter(torch.randn(width))
+        # Stands where a cell has nothing to read; nothing depends on it, so it is not trained.
+        self.pad = nn.Parameter(torch.randn(width), requires_grad=False)
+
+    def forward(self, values: Tensor, *, pad: Tensor | None = None) -> Tensor:
+        """(...) float -> (..., D); the pad vector where ``pad`` is True."""
+        lifted = functional.leaky_relu(self.lift(values[..., None]), 0.1)
+        weights = torch.softmax(self.mix(lifted) + self.alpha * lifted, dim=-1)
+        embedded: Tensor = weights @ self.table.weight.to(weights.dtype)
+        if pad is None:
+            return embedded
+        return torch.where(pad[..., None], self.pad.to(embedded.dtype), embedded)

@@ -15,6 +15,7 @@ __all__ = [
     "ExpressionDecoder",
     "GeneAxisClassifier",
     "MlpClassifier",
+    "NormedClassifier",
     "PooledClassifier",
     "TiedTokenDecoder",
 ]
@@ -159,4 +160,23 @@ class GeneAxisClassifier(nn.Module):
     def forward(self, panel_BSD: Tensor) -> Tensor:
         """(B, S, D) -> (B, C) logits."""
         logits_BC: Tensor = self.layers(torch.relu(self.squeeze(panel_BSD).squeeze(-1)))
+        return logits_BC
+
+
+class NormedClassifier(nn.Module):
+    """Batch norm without weights, a hidden layer of 256, Linear: scFoundation's classifier.
+
+    Args:
+        width: D.
+        num_classes: C.
+    """
+
+    def __init__(self, width: int, *, num_classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.layers = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, num_classes))
+
+    def forward(self, cell_BD: Tensor) -> Tensor:
+        """(B, D) -> (B, C) logits."""
+        logits_BC: Tensor = self.layers(self.norm(cell_BD))
         return logits_BC
