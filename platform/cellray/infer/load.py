@@ -21,7 +21,7 @@ from cellray.core.errors import CheckpointError, DataError
 from cellray.data.collate import collate_tokens
 from cellray.data.tokens import make_tokenizer, tokenise_content
 from cellray.data.vocab import Vocab
-from cellray.models.base import CellClassifier, CellModel, EmbedsCells
+from cellray.models.base import CellClassifier, CellModel, EmbedsCells, GeneClassifier
 from cellray.tokenizers.base import Tokenizer
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 
@@ -154,7 +154,8 @@ class LoadedModel:
     @property
     def backbone(self) -> CellModel:
         """The family's model, without a classifier."""
-        return self.model.backbone if isinstance(self.model, CellClassifier) else self.model
+        classifies = isinstance(self.model, CellClassifier | GeneClassifier)
+        return self.model.backbone if classifies else self.model
 
     def batches(
         self,

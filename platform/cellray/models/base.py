@@ -26,6 +26,7 @@ __all__ = [
     "EmbedsGenes",
     "ExposesAttention",
     "Family",
+    "GeneClassifier",
     "ModelConfig",
     "PredictsExpression",
     "Preset",
@@ -158,6 +159,8 @@ class Family:
             logits (B, C).
         head_reads: the classifier's input: ``cell`` (B, D), or ``panel`` (B, S, D), the hidden
             states of the model's own sequence.
+        gene_classifier: (config, context, num_classes) -> module from hidden states (..., D) to
+            logits (..., C) of every token, None where the source has none.
         presets: name -> published sizes.
         prepare: (config, vocab) -> the gene space of a new model, with what the family adds to it
             (gene sets); called on the driver, so that files are read once.
@@ -173,6 +176,7 @@ class Family:
     build: Callable[[Any, BuildContext], CellModel]
     classifier: Callable[[Any, BuildContext, int], nn.Module]
     head_reads: Literal["cell", "panel"] = "cell"
+    gene_classifier: Callable[[Any, BuildContext, int], nn.Module] | None = None
     presets: Mapping[str, Preset] = field(default_factory=dict)
     prepare: Callable[[Any, Vocab], Vocab] = _as_it_is
     start: Callable[[Any, Vocab], dict[str, torch.Tensor]] = _nothing
@@ -247,13 +251,47 @@ class CellClassifier(CellModel):
         return replace(output, predictions={"class_logits": self.head(seen)})
 
 
+class GeneClassifier(CellModel):
+    """A backbone with a classifier on every token: gene classification.
+
+    Args:
+        backbone: a family's model.
+        head: (..., D) -> (..., C) logits.
+    """
+
+    def __init__(self, backbone: CellModel, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.width = backbone.width
+
+    def forward(self, batch: CellBatch) -> ModelOutput:
+        """Adds ``gene_logits`` of the hidden states' shape; the backbone sees no targets."""
+        bare = replace(batch, targets=None, target_mask=None, unknown_mask=None)
+        output: ModelOutput = self.backbone(bare)
+        return replace(output, predictions={"gene_logits": self.head(output.hidden)})
+
+
 def build_model(
-    name: str, config: ModelConfig, context: BuildContext, *, num_classes: int = 0
+    name: str,
+    config: ModelConfig,
+    context: BuildContext,
+    *,
+    num_classes: int = 0,
+    classes_of: str = "cell",
 ) -> CellModel:
-    """Build a family's model, with a classifier if there are classes."""
+    """Build a family's model, with a classifier of cells or genes if there are classes.
+
+    Raises:
+        ConfigError: the family has no classifier of genes, and one is asked for.
+    """
     unit = family(name)
     model = unit.build(config, context)
-    if num_classes:
-        head = unit.classifier(config, context, num_classes)
-        return CellClassifier(model, head, unit.head_reads)
-    return model
+    if not num_classes:
+        return model
+    if classes_of == "gene":
+        if unit.gene_classifier is None:
+            raise ConfigError(f"family '{unit.name}' has no classifier of genes")
+        return GeneClassifier(model, unit.gene_classifier(config, context, num_classes))
+    head = unit.classifier(config, context, num_classes)
+    return CellClassifier(model, head, unit.head_reads)

@@ -19,10 +19,10 @@ from torch import nn
 from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError
 from cellray.core.packing import Packing
-from cellray.models.base import BuildContext, CellModel, Family, ModelConfig
+from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.embeddings import RankedEmbedding
-from cellray.nn.heads import PooledClassifier, TiedTokenDecoder
+from cellray.nn.heads import PooledClassifier, TiedTokenDecoder, TokenClassifier
 from cellray.nn.init import init_bert
 
 __all__ = ["FAMILY", "Geneformer", "GeneformerConfig"]
@@ -139,6 +139,15 @@ class Geneformer(CellModel):
         num_layers = self.config.num_layers + self.config.embedding_layer
         return self._pool(self._encode(batch, num_layers), batch).float()
 
+    def hidden_states(self, batch: CellBatch, layer: int = 0) -> Tensor:
+        """Every gene in the context of its cell, (B, T, D) or packed (P, D) float32.
+
+        Args:
+            batch: padded or packed.
+            layer: 0 the last hidden state, -1 the second to last, as ``config.embedding_layer``.
+        """
+        return self._encode(batch, self.config.num_layers + layer).float()
+
     def embed_genes(self) -> Tensor:
         """The token table's rows of the genes, in vocabulary order, (G, D)."""
         table_VD = self.embedding.token.weight
@@ -207,6 +216,50 @@ def _classifier(config: GeneformerConfig, context: BuildContext, num_classes: in
     return head.apply(init_bert)
 
 
+def _gene_classifier(
+    config: GeneformerConfig, context: BuildContext, num_classes: int
+) -> nn.Module:
+    head = TokenClassifier(config.width, num_classes=num_classes, dropout=config.dropout)
+    return head.apply(init_bert)
+
+
+_V1, _V2 = ("<pad>", "<mask>"), ("<pad>", "<mask>", "<cls>", "<eos>")
+_V1_ARTICLE = "doi:10.1038/s41586-023-06139-9"
+_V2_ARTICLE = "doi:10.1038/s43588-026-00972-4"
+
+
+def _preset(
+    size: tuple[int, int, int, int], *, dropout: float, second: bool, num_parameters: int
+) -> Preset:
+    """A published size: layers, width, heads, inner width; of the first or a later generation."""
+    num_layers, width, num_heads, ffn_width = size
+    model = {
+        "num_layers": num_layers,
+        "width": width,
+        "num_heads": num_heads,
+        "ffn_width": ffn_width,
+        "dropout": dropout,
+        "cell_embedding": "cls" if second else "mean",
+    }
+    return Preset(
+        model=model,
+        tokenizer={"max_tokens": 4096 if second else 2048, "specials": second},
+        num_genes=20_271 if second else 25_424,
+        specials=_V2 if second else _V1,
+        num_parameters=num_parameters,
+        source=_V2_ARTICLE if second else _V1_ARTICLE,
+    )
+
+
+_PRESETS = {
+    "V1-10M": _preset((6, 256, 4, 512), dropout=0.02, second=False, num_parameters=10_288_722),
+    "V1-40M": _preset((12, 512, 8, 1024), dropout=0.02, second=False, num_parameters=39_591_250),
+    "12L-38M": _preset((12, 512, 8, 1024), dropout=0.02, second=True, num_parameters=37_997_363),
+    "20L-151M": _preset((20, 896, 14, 1792), dropout=0.02, second=True, num_parameters=151_313_459),
+    "V2-104M": _preset((12, 768, 12, 3072), dropout=0.1, second=True, num_parameters=104_386_867),
+    "V2-316M": _preset((18, 1152, 18, 4608), dropout=0.1, second=True, num_parameters=316_354_867),
+}
+
 FAMILY = Family(
     name="geneformer",
     config=GeneformerConfig,
@@ -214,4 +267,6 @@ FAMILY = Family(
     objective="masked",
     build=_build,
     classifier=_classifier,
+    gene_classifier=_gene_classifier,
+    presets=_PRESETS,
 )

@@ -1,9 +1,11 @@
 """scGPT: a transformer over a cell's genes with their binned values, trained generatively.
 
 Architecture and sizes: doi:10.1038/s41592-024-02201-0 and its published code. A token is the sum of
-a gene embedding and a value embedding (or, where the value is hidden, a flag), plus a condition
-embedding if the run asks for one. No positions: the order of genes carries nothing. The cell is the
-output at ``<cls>``, the first token. The defaults are those of the whole-human model.
+a gene embedding and a value embedding (or, where the value is hidden, a flag), plus condition
+embeddings if the run asks for them. No positions: the order of genes carries nothing. The cell is
+the output at ``<cls>``, the first token. The defaults are those of the whole-human model; the
+switches of the integration recipe (batch labels, domain norm, adversary, zero probabilities) are
+off.
 
 Legend: B cells, T tokens, D width, H heads, G genes, M hidden tokens of a batch, C classes.
 """
@@ -11,6 +13,7 @@ Legend: B cells, T tokens, D width, H heads, G genes, M hidden tokens of a batch
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -18,8 +21,10 @@ from torch import nn
 
 from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError, DataError, did_you_mean
-from cellray.models.base import BuildContext, CellModel, Family, ModelConfig
+from cellray.models._generation import generate_values
+from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
+from cellray.nn.domain import BatchAdversary, BatchLabels, DomainNorm
 from cellray.nn.embeddings import ConditionEmbedding, ContinuousValueEncoder, NormedEmbedding
 from cellray.nn.heads import CellGeneDecoder, ExpressionDecoder, MlpClassifier
 from cellray.nn.init import init_transformer
@@ -44,8 +49,14 @@ class ScgptConfig(ModelConfig):
         ffn_width: inner width of the feed-forward layers.
         dropout: everywhere in the encoder and after the value encoder.
         activation: of the feed-forward layers.
-        condition: covariate whose embedding is added to every token (``data.covariates`` must name
-            it); None adds nothing.
+        conditions: covariates (batch, modality, perturbation ...) whose embeddings are added to
+            every token; ``data.covariates`` must name them.
+        batch_key: covariate that names the technical batch, for the three switches below.
+        batch_labels: let the decoders see the batch, beside the encoder's output.
+        domain_norm: batch norm of the summed embeddings: ``none``, ``shared`` by all cells, or one
+            for each ``domain`` (technical batch).
+        adversary: a discriminator of batches on reversed gradients (DAR).
+        expressed: decoders also say how likely a gene is expressed at all (zero probabilities).
         gen_out_proj: apply the attention's output projection at hidden tokens, too. False is the
             original's slip, under which its published weights were trained.
     """
@@ -57,7 +68,12 @@ class ScgptConfig(ModelConfig):
     ffn_width: int = Field(default=512, ge=1)
     dropout: float = Field(default=0.2, ge=0.0, lt=1.0)
     activation: Activation = "relu"
-    condition: str | None = None
+    conditions: list[str] = []
+    batch_key: str = ""
+    batch_labels: bool = False
+    domain_norm: Literal["none", "shared", "domain"] = "none"
+    adversary: bool = False
+    expressed: bool = False
     gen_out_proj: bool = True
 
     @model_validator(mode="after")
@@ -65,6 +81,19 @@ class ScgptConfig(ModelConfig):
         if self.width % self.num_heads:
             raise ValueError(
                 f"width = {self.width} is not a multiple of num_heads = {self.num_heads}"
+            )
+        wants = [
+            key
+            for key, on in (
+                ("batch_labels", self.batch_labels),
+                ("domain_norm", self.domain_norm == "domain"),
+                ("adversary", self.adversary),
+            )
+            if on
+        ]
+        if wants and not self.batch_key:
+            raise ValueError(
+                f"{', '.join(wants)}: needs batch_key, the covariate that names the technical batch"
             )
         return self
 
@@ -89,10 +118,20 @@ class Scgpt(CellModel):
         self.genes = NormedEmbedding(vocab.num_tokens, width=config.width)
         self.values = ContinuousValueEncoder(config.width, dropout=config.dropout)
         self.flag = nn.Embedding(2, config.width)
-        self.condition: ConditionEmbedding | None = None
-        if config.condition is not None:
-            categories = context.covariates[config.condition]
-            self.condition = ConditionEmbedding(categories, width=config.width)
+        self.conditions = nn.ModuleDict(
+            {
+                name: ConditionEmbedding(context.covariates[name], width=config.width)
+                for name in config.conditions
+            }
+        )
+        batches = context.covariates[config.batch_key] if config.batch_key else 1
+        self.batch_labels = (
+            BatchLabels(batches, width=config.width) if config.batch_labels else None
+        )
+        self.domain_norm: DomainNorm | None = None
+        if config.domain_norm != "none":
+            domains = batches if config.domain_norm == "domain" else 1
+            self.domain_norm = DomainNorm(config.width, num_domains=domains)
         spec = BlockSpec(
             width=config.width,
             num_heads=config.num_heads,
@@ -104,8 +143,12 @@ class Scgpt(CellModel):
             project_unknown=config.gen_out_proj,
         )
         self.encoder = Encoder(spec, num_layers=config.num_layers)
-        self.expression = ExpressionDecoder(config.width)
-        self.expression_from_cell = CellGeneDecoder(config.width)
+        sizes = {"num_inputs": 1 + config.batch_labels, "expressed": config.expressed}
+        self.expression = ExpressionDecoder(config.width, **sizes)
+        self.expression_from_cell = CellGeneDecoder(config.width, **sizes)
+        self.adversary = (
+            BatchAdversary(config.width, num_batches=batches) if config.adversary else None
+        )
         self.apply(init_transformer)
         nn.init.uniform_(self.genes.table.weight, -_TABLE_RANGE, _TABLE_RANGE)
         self._pad = vocab.pad
@@ -116,7 +159,9 @@ class Scgpt(CellModel):
 
         ``expression`` from the token's own hidden state, ``expression_from_cell`` from the cell and
         gene embeddings, and with ``batch.cell_prompt`` also ``expression_cell_prompt``, from a
-        second pass in which the detached cell embedding stands in the place of ``<cls>``.
+        second pass in which the detached cell embedding stands in the place of ``<cls>``. With
+        ``config.expressed`` the logits of being expressed go beside the first two; with
+        ``config.adversary`` there are ``batch_logits`` (B, C) and ``batch_codes`` (B,).
         """
         genes_BTD = self.genes(batch.token_ids)
         embedded_BTD = self._embed(batch, genes_BTD)
@@ -126,15 +171,26 @@ class Scgpt(CellModel):
         where = batch.target_mask
         if where is not None:
             rows_M = batch.token_rows()[where]
-            predictions["expression"] = self.expression(hidden_BTD[where])
-            predictions["expression_from_cell"] = self.expression_from_cell(
-                genes_BTD[where], cell_BD[rows_M]
-            )
+            labels_BD = self._labels(batch)
+            seen = _beside(hidden_BTD[where], None if labels_BD is None else labels_BD[rows_M])
+            genes_MD, cells = genes_BTD[where], _beside(cell_BD, labels_BD)[rows_M]
+            predictions["expression"] = self.expression(seen)
+            predictions["expression_from_cell"] = self.expression_from_cell(genes_MD, cells)
+            logits = self.expression.expressed_logit(seen)
+            if logits is not None:
+                predictions["expressed_logit"] = logits
+                from_cell = self.expression_from_cell.expressed_logit(genes_MD, cells)
+                assert from_cell is not None, "both decoders have the branch"
+                predictions["expressed_logit_from_cell"] = from_cell
             if batch.cell_prompt:
                 prompt_BD = cell_BD.detach().to(embedded_BTD.dtype)
                 prompted_BTD = batch.with_first_tokens(embedded_BTD, prompt_BD)
-                second_BTD = self._encode(batch, prompted_BTD)
-                predictions["expression_cell_prompt"] = self.expression(second_BTD[where])
+                again_MD = self._encode(batch, prompted_BTD)[where]
+                second = _beside(again_MD, None if labels_BD is None else labels_BD[rows_M])
+                predictions["expression_cell_prompt"] = self.expression(second)
+            if self.adversary is not None:
+                predictions["batch_logits"] = self.adversary(cell_BD)
+                predictions["batch_codes"] = self._codes(batch)
         return ModelOutput(hidden=hidden_BTD, cell=cell_BD, predictions=predictions)
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
@@ -154,7 +210,7 @@ class Scgpt(CellModel):
         The cell-to-gene decoder (GEPC) needs only the cell embedding and the gene table, so it
         answers for genes that are not in the cell's tokens. Genes are taken in chunks.
         """
-        cell_BD = self.embed_cells(batch)
+        cell_BD = _beside(self.embed_cells(batch), self._labels(batch)).float()
         tokens_G = self._gene_tokens.to(cell_BD.device)
         parts = []
         for start in range(0, len(tokens_G), _GENES_PER_CHUNK):
@@ -162,6 +218,51 @@ class Scgpt(CellModel):
             queries = self.expression_from_cell.queries(genes_D)
             parts.append(cell_BD @ queries.float().T)
         return torch.cat(parts, dim=1)
+
+    def generate(
+        self, batch: CellBatch, *, num_iterations: int, cell_prompt: Tensor | None = None
+    ) -> Tensor:
+        """Fill in the values at ``batch.unknown_mask``, a share of them at a time.
+
+        In each of K iterations the most confident ``1 / K`` of a cell's unknown genes become known
+        to the next (doi:10.1038/s41592-024-02201-0; no published code has it). The article leaves
+        confidence open; here a gene is the more confident, the closer its two predictions (GEP and
+        GEPC) are.
+
+        Args:
+            batch: with ``unknown_mask``; values at it are not looked at.
+            num_iterations: K; 1 predicts everything at once.
+            cell_prompt: (B, D) cell embeddings to stand in the place of ``<cls>``, for cells of
+                which nothing else is known; None lets ``<cls>`` be computed.
+
+        Returns:
+            Values of ``token_ids``' shape, float32: given ones as they are, unknown ones predicted.
+
+        Raises:
+            ConfigError: ``num_iterations`` is below 1.
+            DataError: the batch has no ``unknown_mask``.
+        """
+        return generate_values(
+            self, batch, num_iterations=num_iterations, cell_prompt=cell_prompt
+        )
+
+    def predict_unknown(
+        self, batch: CellBatch, cell_prompt: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """GEP's and GEPC's value at every unknown token, (U,) each, in row-major order."""
+        genes_BTD = self.genes(batch.token_ids)
+        embedded_BTD = self._embed(batch, genes_BTD)
+        if cell_prompt is not None:
+            prompt_BD = cell_prompt.to(embedded_BTD)
+            embedded_BTD = batch.with_first_tokens(embedded_BTD, prompt_BD)
+        hidden_BTD = self._encode(batch, embedded_BTD)
+        where = batch.unknown_mask
+        assert where is not None, "generate_values checks it"
+        rows_U, labels_BD = batch.token_rows()[where], self._labels(batch)
+        cell_BD = cell_prompt if cell_prompt is not None else batch.first_tokens(hidden_BTD)
+        seen = _beside(hidden_BTD[where], None if labels_BD is None else labels_BD[rows_U])
+        cells = _beside(cell_BD.to(hidden_BTD), labels_BD)[rows_U]
+        return self.expression(seen), self.expression_from_cell(genes_BTD[where], cells)
 
     def attention(self, batch: CellBatch, layer: int = -1) -> Tensor:
         """Attention weights of one layer with every value known, (B, H, T, T) float32."""
@@ -183,27 +284,51 @@ class Scgpt(CellModel):
             unknown_BT1 = batch.unknown_mask[..., None]
             second_BTD = torch.where(unknown_BT1, flag_D.to(second_BTD.dtype), second_BTD)
         embedded_BTD: Tensor = genes_BTD + second_BTD
-        if self.condition is None:
-            return embedded_BTD
-        name = str(self.config.condition)
+        for name, table in self.conditions.items():
+            embedded_BTD = embedded_BTD + batch.to_tokens(table(self._covariate(batch, name)))
+        if self.domain_norm is not None:
+            rows = batch.token_rows()
+            codes = torch.zeros_like(rows)
+            if self.config.domain_norm == "domain":
+                codes = self._codes(batch)[rows]
+            embedded_BTD = self.domain_norm(embedded_BTD, codes, batch.attention_mask)
+        return embedded_BTD
+
+    def _codes(self, batch: CellBatch) -> Tensor:
+        """(B,) technical batch of each cell."""
+        return self._covariate(batch, self.config.batch_key)
+
+    def _labels(self, batch: CellBatch) -> Tensor | None:
+        """(B, D) embedding of each cell's technical batch, None if decoders do not see it."""
+        return None if self.batch_labels is None else self.batch_labels(self._codes(batch))
+
+    @staticmethod
+    def _covariate(batch: CellBatch, name: str) -> Tensor:
         if name not in batch.covariates:
             raise DataError(
-                f"model.condition = '{name}', but the batch carries the covariates "
+                f"the model reads the covariate '{name}', but the batch carries "
                 f"{sorted(batch.covariates)}; add '{name}' to data.covariates"
             )
-        condition_BD: Tensor = self.condition(batch.covariates[name])
-        return embedded_BTD + batch.to_tokens(condition_BD)
+        return batch.covariates[name]
+
+
+def _beside(left: Tensor, right: Tensor | None) -> Tensor:
+    """Two tensors joined along the last axis; the left one alone if there is no right one."""
+    return left if right is None else torch.cat([left, right.to(left.dtype)], dim=-1)
 
 
 def _build(config: ScgptConfig, context: BuildContext) -> Scgpt:
-    """Raises ConfigError if the condition is not a covariate of the run."""
-    name = config.condition
-    if name is not None and name not in context.covariates:
-        allowed = sorted(context.covariates)
-        raise ConfigError(
-            f"model.condition = '{name}' is not a covariate of this run."
-            f"{did_you_mean(name, allowed)} data.covariates has: {', '.join(allowed) or 'none'}"
-        )
+    """Raises ConfigError if a condition or the batch key is not a covariate of the run."""
+    wanted = {f"model.conditions = '{name}'": name for name in config.conditions}
+    if config.batch_key:
+        wanted[f"model.batch_key = '{config.batch_key}'"] = config.batch_key
+    allowed = sorted(context.covariates)
+    for key, name in wanted.items():
+        if name not in context.covariates:
+            raise ConfigError(
+                f"{key} is not a covariate of this run.{did_you_mean(name, allowed)} "
+                f"data.covariates has: {', '.join(allowed) or 'none'}"
+            )
     return Scgpt(config, context)
 
 
@@ -218,4 +343,22 @@ FAMILY = Family(
     objective="generative",
     build=_build,
     classifier=_classifier,
+    presets={
+        "whole-human": Preset(
+            model={},
+            tokenizer={"max_tokens": 1200, "num_bins": 51},
+            num_genes=60_694,
+            specials=("<pad>", "<cls>", "<eoc>"),
+            num_parameters=51_330_049,
+            source="doi:10.1038/s41592-024-02201-0",
+        ),
+        "organ": Preset(
+            model={},
+            tokenizer={"max_tokens": 1200, "num_bins": 51},
+            num_genes=36_571,
+            specials=("<pad>", "<cls>", "<eoc>"),
+            num_parameters=38_979_073,
+            source="doi:10.1038/s41592-024-02201-0",
+        ),
+    },
 )

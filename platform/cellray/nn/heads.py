@@ -6,6 +6,8 @@ tokens, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -18,6 +20,7 @@ __all__ = [
     "NormedClassifier",
     "PooledClassifier",
     "TiedTokenDecoder",
+    "TokenClassifier",
 ]
 
 Tensor = torch.Tensor
@@ -49,34 +52,55 @@ class TiedTokenDecoder(nn.Module):
 
 
 class ExpressionDecoder(nn.Module):
-    """A hidden state to a value, through two hidden layers with leaky ReLU (scGPT's GEP)."""
+    """A hidden state to a value, through two hidden layers with leaky ReLU (scGPT's GEP).
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: D.
+        num_inputs: widths of D it reads side by side: 2 with batch labels.
+        expressed: a second branch for the logit of the gene being expressed at all.
+    """
+
+    def __init__(self, width: int, *, num_inputs: int = 1, expressed: bool = False) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, width),
-            nn.LeakyReLU(),
-            nn.Linear(width, width),
-            nn.LeakyReLU(),
-            nn.Linear(width, 1),
-        )
+        self.layers = _value_layers(width, num_inputs)
+        self.expressed = _value_layers(width, num_inputs) if expressed else None
 
     def forward(self, hidden_MD: Tensor) -> Tensor:
         """(M, D) -> (M,)."""
         value_M: Tensor = self.layers(hidden_MD).squeeze(-1)
         return value_M
 
+    def expressed_logit(self, hidden_MD: Tensor) -> Tensor | None:
+        """(M, D) -> (M,), None without the second branch."""
+        return None if self.expressed is None else self.expressed(hidden_MD).squeeze(-1)
+
+
+def _value_layers(width: int, num_inputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(num_inputs * width, width),
+        nn.LeakyReLU(),
+        nn.Linear(width, width),
+        nn.LeakyReLU(),
+        nn.Linear(width, 1),
+    )
+
 
 class CellGeneDecoder(nn.Module):
     """A cell embedding and a gene embedding to a value (scGPT's GEPC, called MVC in its code).
 
     ``value = (W sigmoid(A e_gene + b)) . h_cell``, W without bias.
+
+    Args:
+        width: D.
+        num_inputs: widths of D that a cell has: 2 with batch labels.
+        expressed: a second projection for the logit of the gene being expressed at all.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, num_inputs: int = 1, expressed: bool = False) -> None:
         super().__init__()
         self.query = nn.Linear(width, width)
-        self.project = nn.Linear(width, width, bias=False)
+        self.project = nn.Linear(width, num_inputs * width, bias=False)
+        self.expressed = nn.Linear(width, num_inputs * width) if expressed else None
 
     def queries(self, genes_MD: Tensor) -> Tensor:
         """(M, D) gene embeddings -> (M, D) vectors to be multiplied with a cell embedding."""
@@ -87,21 +111,35 @@ class CellGeneDecoder(nn.Module):
         """Gene embeddings and the embeddings of the cells they are in -> (M,)."""
         return (self.queries(genes_MD) * cells_MD).sum(-1)
 
+    def expressed_logit(self, genes_MD: Tensor, cells_MD: Tensor) -> Tensor | None:
+        """As :meth:`forward`, None without the second projection."""
+        if self.expressed is None:
+            return None
+        return (self.expressed(torch.sigmoid(self.query(genes_MD))) * cells_MD).sum(-1)
+
 
 class MlpClassifier(nn.Module):
-    """(Linear, ReLU, LayerNorm) x ``num_hidden``, then Linear: scGPT's classifier.
+    """(Linear, activation, LayerNorm) x ``num_hidden``, then Linear: scGPT's classifier.
 
     Args:
         width: D.
         num_classes: C.
         num_hidden: hidden layers.
+        activation: of the hidden layers.
     """
 
-    def __init__(self, width: int, *, num_classes: int, num_hidden: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        *,
+        num_classes: int,
+        num_hidden: int,
+        activation: Callable[[], nn.Module] = nn.ReLU,
+    ) -> None:
         super().__init__()
         hidden: list[nn.Module] = []
         for _ in range(num_hidden):
-            hidden += [nn.Linear(width, width), nn.ReLU(), nn.LayerNorm(width)]
+            hidden += [nn.Linear(width, width), activation(), nn.LayerNorm(width)]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, num_classes))
 
     def forward(self, cell_BD: Tensor) -> Tensor:
@@ -180,3 +218,23 @@ class NormedClassifier(nn.Module):
         """(B, D) -> (B, C) logits."""
         logits_BC: Tensor = self.layers(self.norm(cell_BD))
         return logits_BC
+
+
+class TokenClassifier(nn.Module):
+    """Dropout and Linear on every token: BERT's token classification head.
+
+    Args:
+        width: D.
+        num_classes: C.
+        dropout: before the layer.
+    """
+
+    def __init__(self, width: int, *, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., C) logits."""
+        logits: Tensor = self.classifier(self.dropout(hidden))
+        return logits

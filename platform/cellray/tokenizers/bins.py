@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 
-from cellray.core.blocks import CellBlock, TokenBlock
+from cellray.core.blocks import CellBlock, TokenBlock, row_ids
 from cellray.core.draw import Draw, splitmix64
 from cellray.data.vocab import Vocab
 from cellray.tokenizers._kernels import bin_cells
@@ -46,12 +46,15 @@ class BinsConfig(TokenizerConfig):
         num_bins: bins with the zero bin; 51 gives values 1..50.
         cls_value: the value beside ``<cls>``: -2 in pretraining and zero-shot use, 0 in the
             published fine-tuning scripts.
+        include_zeros: all genes of the vocabulary are tokens, with bin 0 where they have no count
+            (scGPT's integration recipe, on some 1,200 variable genes).
     """
 
     name: str = "bins"
     max_tokens: int = Field(default=1200, ge=2)
     num_bins: int = Field(default=51, ge=3)
     cls_value: float = -2.0
+    include_zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,35 @@ class BinsTokenizer:
 
     def __call__(self, block: CellBlock, draw: Draw) -> TokenBlock:
         """Tokenise the N cells of ``block``."""
-        kept = np.minimum(np.diff(block.indptr), self.config.max_tokens - 1)
+        if not self.config.include_zeros:
+            return self._expressed(block, draw, self.config.max_tokens - 1)
+        every = self._expressed(block, draw, len(self.vocab))
+        return self._with_zeros(every, draw)
+
+    def _with_zeros(self, block: TokenBlock, draw: Draw) -> TokenBlock:
+        """The same cells with all genes of the vocabulary, in its order, or a sample of them."""
+        num_cells, num_genes = len(block), len(self.vocab)
+        column = np.full(self.vocab.num_tokens, num_genes, dtype=np.int64)  # of <cls>: the last
+        column[self.vocab.gene_tokens] = np.arange(num_genes)
+        values = np.zeros((num_cells, num_genes + 1), dtype=np.float32)
+        values[row_ids(block.indptr), column[block.tokens]] = block.values
+        genes = np.broadcast_to(np.arange(num_genes), (num_cells, num_genes))
+        most = min(self.config.max_tokens - 1, num_genes)
+        if most < num_genes:
+            tokens = self.vocab.gene_tokens[None, :]
+            keys = draw.bits(SAMPLE_STREAM, block.joinids[:, None], tokens)
+            genes = np.sort(np.argpartition(keys, most, axis=1)[:, :most], axis=1)
+        tokens = np.empty((num_cells, most + 1), dtype=np.int32)
+        tokens[:, 0] = self.vocab.special("<cls>")
+        tokens[:, 1:] = self.vocab.gene_tokens[genes]
+        chosen = np.take_along_axis(values, genes, axis=1)
+        first = np.full((num_cells, 1), self.config.cls_value, dtype=np.float32)
+        indptr = np.arange(num_cells + 1, dtype=np.int64) * (most + 1)
+        flat = np.concatenate([first, chosen], axis=1).reshape(-1)
+        return TokenBlock(block.joinids, indptr, tokens.reshape(-1), flat)
+
+    def _expressed(self, block: CellBlock, draw: Draw, most: int) -> TokenBlock:
+        kept = np.minimum(np.diff(block.indptr), most)
         indptr = np.zeros(len(block) + 1, dtype=np.int64)
         np.cumsum(kept + 1, out=indptr[1:])
         tokens = np.empty(indptr[-1], dtype=np.int32)

@@ -54,6 +54,7 @@ class Manifest:
         data_fingerprint: SHA-256 over ids and counts of the cells the run was given.
         covariates: name -> categories, in code order.
         classes: label names in code order; empty if there is no classifier.
+        classes_of: what the labels are of, ``cell`` or ``gene``.
         step: optimizer steps taken.
         cursor: where the data stream stands, ``{"epoch", "position"}``.
         workers: ranks that wrote it.
@@ -70,6 +71,7 @@ class Manifest:
     data_fingerprint: str
     covariates: Mapping[str, list[str]] = field(default_factory=dict)
     classes: list[str] = field(default_factory=list)
+    classes_of: str = "cell"
     step: int = 0
     cursor: Mapping[str, int] = field(default_factory=dict)
     workers: int = 1
@@ -160,7 +162,13 @@ def model_of(manifest: Manifest, vocab: Vocab) -> CellModel:
         max_tokens=int(manifest.tokenizer.get("max_tokens", 2048)),
         tokenizer=manifest.tokenizer,
     )
-    return build_model(manifest.family, config, context, num_classes=len(manifest.classes))
+    return build_model(
+        manifest.family,
+        config,
+        context,
+        num_classes=len(manifest.classes),
+        classes_of=manifest.classes_of,
+    )
 
 
 def export_model(source: Path, target: Path) -> None:

@@ -190,7 +190,7 @@ def test_gen_out_proj_changes_unknown_tokens_only():
 
 
 def test_a_condition_moves_its_cell_and_an_unknown_condition_does_not():
-    model = make_model({"batch": 3}, condition="batch")
+    model = make_model({"batch": 3}, conditions=["batch"])
     batch = make_batch()
 
     def cells(*codes: int) -> torch.Tensor:
@@ -200,15 +200,15 @@ def test_a_condition_moves_its_cell_and_an_unknown_condition_does_not():
     assert not torch.allclose(cells(0, -1)[0], base[0])
     assert torch.equal(cells(0, -1)[1], base[1])
     assert not torch.allclose(cells(0, -1)[0], cells(2, -1)[0])
-    model.condition = None
+    model.conditions = torch.nn.ModuleDict()
     assert torch.equal(model(batch).cell, base)
 
 
 def test_a_condition_must_be_a_covariate():
-    with pytest.raises(ConfigError, match=r"model.condition = 'bacth'.*Did you mean 'batch'"):
-        make_model({"batch": 3}, condition="bacth")
-    model = make_model({"batch": 3}, condition="batch")
-    with pytest.raises(DataError, match=r"the batch carries the covariates \[\]; add 'batch'"):
+    with pytest.raises(ConfigError, match=r"model.conditions = 'bacth'.*Did you mean 'batch'"):
+        make_model({"batch": 3}, conditions=["bacth"])
+    model = make_model({"batch": 3}, conditions=["batch"])
+    with pytest.raises(DataError, match=r"the batch carries \[\]; add 'batch' to data.covariates"):
         model(make_batch())
 
 
