@@ -58,6 +58,20 @@ def _parser() -> argparse.ArgumentParser:
     rewrite.add_argument(
         "--workers", type=int, default=0, help="processes; 0: one a CPU, as many as pay"
     )
+    weights = commands.add_parser(
+        "import-weights", help="published weights -> a checkpoint, every key accounted for"
+    )
+    weights.add_argument("family", metavar="FAMILY", help="one of cellray.models")
+    weights.add_argument("source", metavar="SRC", help="the published file or folder")
+    weights.add_argument("target", metavar="DST", help="a folder that does not exist yet")
+    weights.add_argument("--genes", default="", help="gene list, if none lies beside the weights")
+    weights.add_argument("--medians", default="", help="non-zero medians, likewise")
+    weights.add_argument("--labels", default="", help="class names in code order")
+    weights.add_argument("--entry", default="", help="which of several models of a file")
+    weights.add_argument("--heads", type=int, default=0, help="if the file does not say")
+    weights.add_argument(
+        "--allow-code", action="store_true", help="read pickles that may run their maker's code"
+    )
     for sub in (show, copy, rewrite):
         sub.add_argument(
             "--tiledb",
@@ -156,6 +170,25 @@ def _relayout(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _import_weights(arguments: argparse.Namespace) -> int:
+    from cellray.infer.import_weights import import_weights
+
+    report = import_weights(
+        arguments.family,
+        arguments.source,
+        arguments.target,
+        genes=arguments.genes,
+        medians=arguments.medians,
+        labels=arguments.labels,
+        entry=arguments.entry,
+        heads=arguments.heads,
+        allow_code=arguments.allow_code,
+    )
+    for line in report.lines():
+        print(line)
+    return 0
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     from cellray.ops.submit import submit
 
@@ -201,6 +234,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return _copy(arguments.source, arguments.target, arguments.tiledb)
         if arguments.command == "relayout":
             return _relayout(arguments)
+        if arguments.command == "import-weights":
+            return _import_weights(arguments)
         return _doctor()
     except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)

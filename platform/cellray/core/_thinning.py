@@ -15,12 +15,12 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 _CHUNK = 512
 
 
-@njit(cache=True)
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _unit(bits: np.uint64) -> float:
     return np.float64(bits >> np.uint64(11)) * 2.0**-53
 
 
-@njit(cache=True)
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _mix(x: np.uint64) -> np.uint64:
     z = x + _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * _MIX_1
@@ -28,7 +28,7 @@ def _mix(x: np.uint64) -> np.uint64:
     return z ^ (z >> np.uint64(31))
 
 
-@njit(cache=True)
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def _inverse(n: int, p: float, u: float) -> int:
     """The smallest k with P(Binomial(n, p) <= k) > u, for p <= 1/2 and n <= _CHUNK."""
     q = 1.0 - p
@@ -42,7 +42,7 @@ def _inverse(n: int, p: float, u: float) -> int:
     return k
 
 
-@njit(cache=True)
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def thin(
     counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64], bits: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.int64]:

@@ -53,7 +53,9 @@ def read_vectors(path: str | Path) -> tuple[list[str], F32]:
         raise DataError(f"'{path}' is no file of gene vectors: {error}") from error
 
 
-def _checked(file: Path, names: list[str], vectors: npt.NDArray[np.generic]) -> tuple[list[str], F32]:
+def _checked(
+    file: Path, names: list[str], vectors: npt.NDArray[np.generic]
+) -> tuple[list[str], F32]:
     if vectors.ndim != 2 or len(names) != len(vectors):
         raise DataError(
             f"'{file}' has vectors of shape {vectors.shape} for {len(names)} gene names; it needs "

@@ -154,8 +154,9 @@ class LoadedModel:
     @property
     def backbone(self) -> CellModel:
         """The family's model, without a classifier."""
-        classifies = isinstance(self.model, CellClassifier | GeneClassifier)
-        return self.model.backbone if classifies else self.model
+        if isinstance(self.model, CellClassifier | GeneClassifier):
+            return self.model.backbone
+        return self.model
 
     def batches(
         self,

@@ -47,9 +47,7 @@ def generate_values(
     for done in range(num_iterations):
         if not unknown.any():
             break
-        now = replace(
-            batch, values=values, unknown_mask=unknown, targets=None, target_mask=None
-        )
+        now = replace(batch, values=values, unknown_mask=unknown, targets=None, target_mask=None)
         first_U, second_U = model.predict_unknown(now, cell_prompt)
         first_U, doubt_U = first_U.float(), (first_U - second_U).abs().float()
         # so many of a cell's genes are known after this iteration

@@ -44,9 +44,7 @@ class Panel:
         """Place of every token, int64 of ``token_ids``' shape; S for tokens that have none."""
         if self._places_V.device != batch.token_ids.device:
             self._places_V = self._places_V.to(batch.token_ids.device)
-        return torch.where(
-            batch.attention_mask, self._places_V[batch.token_ids], self.num_places
-        )
+        return torch.where(batch.attention_mask, self._places_V[batch.token_ids], self.num_places)
 
     def flat(self, batch: CellBatch, places: Tensor) -> Tensor:
         """Index into (B * (S + 1)) of every token; column S is for tokens without a place."""

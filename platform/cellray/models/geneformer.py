@@ -39,8 +39,8 @@ class GeneformerConfig(ModelConfig):
         num_layers: encoder blocks.
         num_heads: H; divides ``width``.
         ffn_width: inner width of the feed-forward layers.
-        dropout: after the embedding, attention and feed-forward layers, on attention weights and
-            in the classifier.
+        dropout: after the embedding, attention and feed-forward layers, and in the classifier.
+        attention_dropout: on attention weights; None takes ``dropout``.
         activation: of feed-forward layers and the masked-gene head.
         layer_norm_eps: epsilon of every layer norm.
         max_positions: rows of the position table; 0 takes the tokenizer's ``max_tokens``.
@@ -49,6 +49,8 @@ class GeneformerConfig(ModelConfig):
             embedding itself.
         cell_embedding: ``mean`` over gene tokens, or ``cls``, the first token (for V2 models, whose
             tokenizer puts ``<cls>`` there).
+        masked_head: False builds no masked-gene head, as published classifiers have none; such a
+            model cannot be pretrained further.
     """
 
     family: str = "geneformer"
@@ -57,11 +59,13 @@ class GeneformerConfig(ModelConfig):
     num_heads: int = Field(default=4, ge=1)
     ffn_width: int = Field(default=512, ge=1)
     dropout: float = Field(default=0.02, ge=0.0, lt=1.0)
+    attention_dropout: float | None = Field(default=None, ge=0.0, lt=1.0)
     activation: Activation = "relu"
     layer_norm_eps: float = Field(default=1e-12, gt=0.0)
     max_positions: int = Field(default=0, ge=0)
     embedding_layer: int = Field(default=-1, le=0)
     cell_embedding: Literal["mean", "cls"] = "mean"
+    masked_head: bool = True
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GeneformerConfig:
@@ -107,16 +111,20 @@ class Geneformer(CellModel):
             ffn_width=config.ffn_width,
             activation=config.activation,
             dropout=config.dropout,
-            attention_dropout=config.dropout,
+            attention_dropout=(
+                config.dropout if config.attention_dropout is None else config.attention_dropout
+            ),
             layer_norm_eps=config.layer_norm_eps,
         )
         self.encoder = Encoder(spec, num_layers=config.num_layers)
-        self.decoder = TiedTokenDecoder(
-            vocab.num_tokens,
-            width=config.width,
-            activation=nn.ReLU() if config.activation == "relu" else nn.GELU(),
-            layer_norm_eps=config.layer_norm_eps,
-        )
+        self.decoder: TiedTokenDecoder | None = None
+        if config.masked_head:
+            self.decoder = TiedTokenDecoder(
+                vocab.num_tokens,
+                width=config.width,
+                activation=nn.ReLU() if config.activation == "relu" else nn.GELU(),
+                layer_norm_eps=config.layer_norm_eps,
+            )
         self.apply(init_bert)
         ends = [vocab.specials[name] for name in ("<cls>", "<eos>") if name in vocab.specials]
         self._end_tokens = ends
@@ -127,7 +135,7 @@ class Geneformer(CellModel):
         """Predicts ``token_logits`` (M, V), in row-major order of ``batch.target_mask``."""
         hidden_BTD = self._encode(batch, self.config.num_layers)
         predictions = {}
-        if batch.target_mask is not None:
+        if batch.target_mask is not None and self.decoder is not None:
             masked_MD = hidden_BTD[batch.target_mask]
             predictions["token_logits"] = self.decoder(masked_MD, self.embedding.token.weight)
         return ModelOutput(

@@ -25,7 +25,7 @@ from cellray.models._panel import Panel
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
 from cellray.nn.favor import KeyMax
 from cellray.nn.heads import GeneAxisClassifier
-from cellray.nn.performer import Performer, PerformerSpec
+from cellray.nn.performer import Performer, PerformerBlock, PerformerSpec
 
 __all__ = ["FAMILY", "Scbert", "ScbertConfig"]
 
@@ -52,6 +52,8 @@ class ScbertConfig(ModelConfig):
         redraw_every: training passes between two draws of random features.
         cell_embedding: zero-shot embedding: ``mean`` over all places, ``expressed`` over the
             cell's tokens, or ``cls``, the last place.
+        masked_head: False builds no head of bins, as fine-tuned published models have none; such a
+            model cannot be pretrained further.
     """
 
     family: str = "scbert"
@@ -67,6 +69,7 @@ class ScbertConfig(ModelConfig):
     key_max: KeyMax = "cell"
     redraw_every: int = Field(default=1000, ge=0)
     cell_embedding: Literal["mean", "expressed", "cls"] = "mean"
+    masked_head: bool = True
 
     @model_validator(mode="after")
     def _frozen_where_given(self) -> ScbertConfig:
@@ -114,7 +117,9 @@ class Scbert(CellModel):
             )
         )
         self.norm = nn.LayerNorm(config.width)
-        self.to_bins = nn.Linear(config.width, config.num_classes)
+        self.to_bins: nn.Linear | None = None
+        if config.masked_head:
+            self.to_bins = nn.Linear(config.width, config.num_classes)
 
     def forward(self, batch: CellBatch) -> ModelOutput:
         """Predicts ``bin_logits`` (M, C), in row-major order of ``batch.target_mask``."""
@@ -122,7 +127,7 @@ class Scbert(CellModel):
         panel_BSD = self._encode(batch, places)
         hidden_BTD = self.panel.gather(panel_BSD, batch, places)
         predictions = {}
-        if batch.target_mask is not None:
+        if batch.target_mask is not None and self.to_bins is not None:
             predictions["bin_logits"] = self.to_bins(hidden_BTD[batch.target_mask])
         cell_BD = self._pool(panel_BSD, batch, places)
         return ModelOutput(
@@ -139,7 +144,13 @@ class Scbert(CellModel):
         return self.genes.weight[: self.panel.num_genes]
 
     def bin_logits(self, batch: CellBatch) -> Tensor:
-        """Logits over bins at every place, genes in vocabulary order, then CLS, (B, S, C)."""
+        """Logits over bins at every place, genes in vocabulary order, then CLS, (B, S, C).
+
+        Raises:
+            ConfigError: the model has no head of bins.
+        """
+        if self.to_bins is None:
+            raise ConfigError("this scBERT was built without its head of bins (model.masked_head)")
         logits_BSC: Tensor = self.to_bins(self._encode(batch, self.panel.places(batch)))
         return logits_BSC
 
@@ -163,10 +174,9 @@ class Scbert(CellModel):
         """
         hidden_BSD = self._embed(batch, self.panel.places(batch))
         received = hidden_BSD.new_zeros(len(batch), self.panel.num_places, dtype=torch.float32)
-        for number, block in enumerate(self.encoder.blocks):
-            queries, keys = self.encoder.blocks[number].attention.weights(  # type: ignore[union-attr, operator]
-                block.attention_norm(hidden_BSD)  # type: ignore[union-attr, operator]
-            )
+        for block in self.encoder.blocks:
+            assert isinstance(block, PerformerBlock)
+            queries, keys = block.attention.weights(block.attention_norm(hidden_BSD))
             received += (keys @ queries.sum(-2)[..., None]).squeeze(-1).mean(1)
             hidden_BSD = block(hidden_BSD)
         return received[:, : self.panel.num_genes] / len(self.encoder.blocks)

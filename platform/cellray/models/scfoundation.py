@@ -276,9 +276,7 @@ def _build(config: ScfoundationConfig, context: BuildContext) -> Scfoundation:
     return Scfoundation(config, context)
 
 
-def _classifier(
-    config: ScfoundationConfig, context: BuildContext, num_classes: int
-) -> nn.Module:
+def _classifier(config: ScfoundationConfig, context: BuildContext, num_classes: int) -> nn.Module:
     width = config.width * (4 if config.cell_embedding == "all" else 1)
     return NormedClassifier(width, num_classes=num_classes)
 

@@ -56,6 +56,10 @@ class ScgptConfig(ModelConfig):
         domain_norm: batch norm of the summed embeddings: ``none``, ``shared`` by all cells, or one
             for each ``domain`` (technical batch).
         adversary: a discriminator of batches on reversed gradients (DAR).
+        domain_affine: the domain norm has weights of its own, too.
+        flag: have the flag that marks hidden genes; fine-tuned published models have none, and
+            hide by value (``objective.hide = "value"``).
+        gepc: have the decoder of values from the cell embedding.
         expressed: decoders also say how likely a gene is expressed at all (zero probabilities).
         gen_out_proj: apply the attention's output projection at hidden tokens, too. False is the
             original's slip, under which its published weights were trained.
@@ -72,7 +76,10 @@ class ScgptConfig(ModelConfig):
     batch_key: str = ""
     batch_labels: bool = False
     domain_norm: Literal["none", "shared", "domain"] = "none"
+    domain_affine: bool = False
     adversary: bool = False
+    flag: bool = True
+    gepc: bool = True
     expressed: bool = False
     gen_out_proj: bool = True
 
@@ -117,7 +124,7 @@ class Scgpt(CellModel):
         self.width = config.width
         self.genes = NormedEmbedding(vocab.num_tokens, width=config.width)
         self.values = ContinuousValueEncoder(config.width, dropout=config.dropout)
-        self.flag = nn.Embedding(2, config.width)
+        self.flag = nn.Embedding(2, config.width) if config.flag else None
         self.conditions = nn.ModuleDict(
             {
                 name: ConditionEmbedding(context.covariates[name], width=config.width)
@@ -131,7 +138,9 @@ class Scgpt(CellModel):
         self.domain_norm: DomainNorm | None = None
         if config.domain_norm != "none":
             domains = batches if config.domain_norm == "domain" else 1
-            self.domain_norm = DomainNorm(config.width, num_domains=domains)
+            self.domain_norm = DomainNorm(
+                config.width, num_domains=domains, affine=config.domain_affine
+            )
         spec = BlockSpec(
             width=config.width,
             num_heads=config.num_heads,
@@ -143,9 +152,13 @@ class Scgpt(CellModel):
             project_unknown=config.gen_out_proj,
         )
         self.encoder = Encoder(spec, num_layers=config.num_layers)
-        sizes = {"num_inputs": 1 + config.batch_labels, "expressed": config.expressed}
-        self.expression = ExpressionDecoder(config.width, **sizes)
-        self.expression_from_cell = CellGeneDecoder(config.width, **sizes)
+        inputs, expressed = 1 + config.batch_labels, config.expressed
+        self.expression = ExpressionDecoder(config.width, num_inputs=inputs, expressed=expressed)
+        self.expression_from_cell = (
+            CellGeneDecoder(config.width, num_inputs=inputs, expressed=expressed)
+            if config.gepc
+            else None
+        )
         self.adversary = (
             BatchAdversary(config.width, num_batches=batches) if config.adversary else None
         )
@@ -175,13 +188,14 @@ class Scgpt(CellModel):
             seen = _beside(hidden_BTD[where], None if labels_BD is None else labels_BD[rows_M])
             genes_MD, cells = genes_BTD[where], _beside(cell_BD, labels_BD)[rows_M]
             predictions["expression"] = self.expression(seen)
-            predictions["expression_from_cell"] = self.expression_from_cell(genes_MD, cells)
             logits = self.expression.expressed_logit(seen)
             if logits is not None:
                 predictions["expressed_logit"] = logits
+            if self.expression_from_cell is not None:
+                predictions["expression_from_cell"] = self.expression_from_cell(genes_MD, cells)
                 from_cell = self.expression_from_cell.expressed_logit(genes_MD, cells)
-                assert from_cell is not None, "both decoders have the branch"
-                predictions["expressed_logit_from_cell"] = from_cell
+                if from_cell is not None:
+                    predictions["expressed_logit_from_cell"] = from_cell
             if batch.cell_prompt:
                 prompt_BD = cell_BD.detach().to(embedded_BTD.dtype)
                 prompted_BTD = batch.with_first_tokens(embedded_BTD, prompt_BD)
@@ -210,12 +224,13 @@ class Scgpt(CellModel):
         The cell-to-gene decoder (GEPC) needs only the cell embedding and the gene table, so it
         answers for genes that are not in the cell's tokens. Genes are taken in chunks.
         """
+        decoder = self._gepc()
         cell_BD = _beside(self.embed_cells(batch), self._labels(batch)).float()
         tokens_G = self._gene_tokens.to(cell_BD.device)
         parts = []
         for start in range(0, len(tokens_G), _GENES_PER_CHUNK):
             genes_D = self.genes(tokens_G[start : start + _GENES_PER_CHUNK])
-            queries = self.expression_from_cell.queries(genes_D)
+            queries = decoder.queries(genes_D)
             parts.append(cell_BD @ queries.float().T)
         return torch.cat(parts, dim=1)
 
@@ -242,9 +257,7 @@ class Scgpt(CellModel):
             ConfigError: ``num_iterations`` is below 1.
             DataError: the batch has no ``unknown_mask``.
         """
-        return generate_values(
-            self, batch, num_iterations=num_iterations, cell_prompt=cell_prompt
-        )
+        return generate_values(self, batch, num_iterations=num_iterations, cell_prompt=cell_prompt)
 
     def predict_unknown(
         self, batch: CellBatch, cell_prompt: Tensor | None = None
@@ -262,7 +275,15 @@ class Scgpt(CellModel):
         cell_BD = cell_prompt if cell_prompt is not None else batch.first_tokens(hidden_BTD)
         seen = _beside(hidden_BTD[where], None if labels_BD is None else labels_BD[rows_U])
         cells = _beside(cell_BD.to(hidden_BTD), labels_BD)[rows_U]
-        return self.expression(seen), self.expression_from_cell(genes_BTD[where], cells)
+        return self.expression(seen), self._gepc()(genes_BTD[where], cells)
+
+    def _gepc(self) -> CellGeneDecoder:
+        if self.expression_from_cell is None:
+            raise ConfigError(
+                "this scGPT has no decoder of values from the cell (model.gepc = false), which "
+                "predicting every gene and generating need"
+            )
+        return self.expression_from_cell
 
     def attention(self, batch: CellBatch, layer: int = -1) -> Tensor:
         """Attention weights of one layer with every value known, (B, H, T, T) float32."""
@@ -280,6 +301,11 @@ class Scgpt(CellModel):
         """Gene + (value or flag) + condition, (B, T, D)."""
         second_BTD = self.values(batch.values)
         if batch.unknown_mask is not None:
+            if self.flag is None:
+                raise ConfigError(
+                    "this scGPT has no flag for hidden genes (model.flag = false); hide them by "
+                    "value: objective.hide = 'value'"
+                )
             flag_D = self.flag(torch.ones((), dtype=torch.long, device=genes_BTD.device))
             unknown_BT1 = batch.unknown_mask[..., None]
             second_BTD = torch.where(unknown_BT1, flag_D.to(second_BTD.dtype), second_BTD)

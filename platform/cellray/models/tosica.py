@@ -53,6 +53,7 @@ class TosicaConfig(ModelConfig):
         unannotated: fully connected sets added to those of the file.
         random_fraction: of random sets: the share of genes in each.
         random_seed: of random sets.
+        pre_logits: a dense layer with tanh between CLS and the classifier.
         token_layout: ``pathway``, or ``interleaved``, as the published code lays them out.
     """
 
@@ -69,6 +70,7 @@ class TosicaConfig(ModelConfig):
     unannotated: int = Field(default=1, ge=0)
     random_fraction: float = Field(default=0.015, gt=0.0, le=1.0)
     random_seed: int = Field(default=1, ge=0, le=MAX_SEED)
+    pre_logits: bool = False
     token_layout: Literal["pathway", "interleaved"] = "pathway"
 
     @model_validator(mode="after")
@@ -110,8 +112,11 @@ class Tosica(CellModel):
             for rate in rates
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.pre_logits = nn.Linear(config.width, config.width) if config.pre_logits else None
         nn.init.trunc_normal_(self.cls, std=_CLS_STD)
         self.blocks.apply(_init)
+        if self.pre_logits is not None:
+            self.pre_logits.apply(_init)
 
     def forward(self, batch: CellBatch) -> ModelOutput:
         """``panel`` is CLS and the pathways, (B, P + 1, W); ``hidden`` CLS beside every token."""
@@ -120,6 +125,8 @@ class Tosica(CellModel):
             panel_BTW = block(panel_BTW)
         panel_BTW = self.norm(panel_BTW)
         cell_BW = panel_BTW[:, 0]
+        if self.pre_logits is not None:
+            cell_BW = torch.tanh(self.pre_logits(cell_BW))
         return ModelOutput(hidden=cell_BW[batch.token_rows()], cell=cell_BW, panel=panel_BTW)
 
     def embed_cells(self, batch: CellBatch) -> Tensor:

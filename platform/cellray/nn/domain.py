@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from cellray.nn.heads import MlpClassifier
 
@@ -48,22 +49,22 @@ class DomainNorm(nn.Module):
     Args:
         width: D.
         num_domains: C; 1 is a plain batch norm for all.
+        affine: whether each has weights of its own.
     """
 
-    def __init__(self, width: int, *, num_domains: int) -> None:
+    def __init__(self, width: int, *, num_domains: int, affine: bool = False) -> None:
         super().__init__()
         self.norms = nn.ModuleList(
-            nn.BatchNorm1d(width, eps=_EPS, affine=False) for _ in range(num_domains)
+            nn.BatchNorm1d(width, eps=_EPS, affine=affine) for _ in range(num_domains)
         )
 
     def forward(self, hidden: Tensor, domains: Tensor, real: Tensor) -> Tensor:
-        """(..., D) with each token's batch and whether it is real, both (...); padding stays.
+        """(..., D) with each token's batch and whether it is real, both (...).
 
-        Raises:
-            IndexError: a real token's batch is none of the C.
+        Padding, and cells of an unknown batch (-1), stay as they are.
         """
         out = hidden.clone()
-        known = domains.clamp(min=0) if len(self.norms) > 1 else torch.zeros_like(domains)
+        known = domains if len(self.norms) > 1 else torch.zeros_like(domains)
         for number, norm in enumerate(self.norms):
             where = real & (known == number)
             tokens = hidden[where]
@@ -71,9 +72,9 @@ class DomainNorm(nn.Module):
                 continue
             assert isinstance(norm, nn.BatchNorm1d)
             if self.training and len(tokens) == 1:
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                scaled = (tokens - norm.running_mean) / (norm.running_var + _EPS).sqrt()
+                scaled = functional.batch_norm(
+                    tokens, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=_EPS
+                )
             else:
                 scaled = norm(tokens)
             out[where] = scaled.to(out.dtype)

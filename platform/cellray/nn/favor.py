@@ -61,7 +61,9 @@ def orthogonal_features(count: int, head_width: int, *, seed: int) -> Tensor:
         return torch.randn(rows, head_width, generator=generator, device="cpu")
 
     blocks = [torch.linalg.qr(gaussian(head_width))[0].T for _ in range(-(-count // head_width))]
-    return torch.cat(blocks)[:count] * gaussian(count).norm(dim=1, keepdim=True)
+    lengths = torch.linalg.vector_norm(gaussian(count), dim=1, keepdim=True)
+    rows: Tensor = torch.cat(blocks)[:count] * lengths
+    return rows
 
 
 def _exponents(x_BHTK: Tensor, features_MK: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +97,7 @@ def _largest(k_BHTK: Tensor, features_MK: Tensor, convention: KeyMax) -> Tensor:
     scaled = (features_MK * k_BHTK.shape[-1] ** -0.25).T
     parts = [(k_BHTK[:, :, s] @ scaled).amax((1, 2, 3)) for s in _slices(k_BHTK, len(features_MK))]
     largest_B = torch.stack(parts).amax(0)
-    chosen = largest_B.amax() if convention == "tensor" else largest_B
+    chosen: Tensor = largest_B.amax() if convention == "tensor" else largest_B
     return chosen.reshape(-1, 1, 1, 1)
 
 
@@ -148,7 +150,9 @@ class _Favor(torch.autograd.Function):
 def _through(d_exponent: Tensor, x: Tensor, features: Tensor) -> Tensor:
     """The gradient of x from that of ``w . x' - |x'|^2 / 2``."""
     scale = x.shape[-1] ** -0.25
-    return d_exponent @ (features * scale) - d_exponent.sum(-1, keepdim=True) * (x * scale * scale)
+    own = d_exponent.sum(-1, keepdim=True) * (x * scale * scale)
+    grad: Tensor = d_exponent @ (features * scale) - own
+    return grad
 
 
 def favor_attention(

@@ -72,7 +72,10 @@ class ExpressionDecoder(nn.Module):
 
     def expressed_logit(self, hidden_MD: Tensor) -> Tensor | None:
         """(M, D) -> (M,), None without the second branch."""
-        return None if self.expressed is None else self.expressed(hidden_MD).squeeze(-1)
+        if self.expressed is None:
+            return None
+        logit_M: Tensor = self.expressed(hidden_MD).squeeze(-1)
+        return logit_M
 
 
 def _value_layers(width: int, num_inputs: int) -> nn.Sequential:
@@ -115,7 +118,8 @@ class CellGeneDecoder(nn.Module):
         """As :meth:`forward`, None without the second projection."""
         if self.expressed is None:
             return None
-        return (self.expressed(torch.sigmoid(self.query(genes_MD))) * cells_MD).sum(-1)
+        logit_M: Tensor = (self.expressed(torch.sigmoid(self.query(genes_MD))) * cells_MD).sum(-1)
+        return logit_M
 
 
 class MlpClassifier(nn.Module):

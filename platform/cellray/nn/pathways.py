@@ -31,7 +31,7 @@ class PathwayProjection(nn.Module):
     the memberships and at most a fourth more.
 
     Args:
-        members: of each pathway, ascending gene positions; at least one.
+        members: of each pathway, ascending gene positions; a pathway without any is its bias.
         num_genes: G.
         width: W.
     """
@@ -64,26 +64,28 @@ class PathwayProjection(nn.Module):
         return torch.cat(parts)[self._restore].transpose(0, 1) + self.bias
 
 
-def _groups(members: Sequence[Sequence[int]], num_genes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _groups(
+    members: Sequence[Sequence[int]], num_genes: int
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Pathways (p,), their genes (p, L) and places in the weight (p, L), by like size."""
     starts = [0]
     for genes in members:
         starts.append(starts[-1] + len(genes))
     buckets: dict[int, list[int]] = {}
     for index, genes in enumerate(members):
-        assert genes, f"pathway {index} has no gene"
-        buckets.setdefault(int(math.log(len(genes), _SPREAD)), []).append(index)
+        buckets.setdefault(int(math.log(max(len(genes), 1), _SPREAD)), []).append(index)
     groups = []
     for key in sorted(buckets):
         pathways = buckets[key]
-        longest = max(len(members[index]) for index in pathways)
-        genes = torch.full((len(pathways), longest), num_genes, dtype=torch.int64, device="cpu")
-        pairs = torch.zeros((len(pathways), longest), dtype=torch.int64, device="cpu")
+        longest = max(1, *(len(members[index]) for index in pathways))
+        shape = (len(pathways), longest)
+        genes_pL = torch.full(shape, num_genes, dtype=torch.int64, device="cpu")
+        pairs_pL = torch.zeros(shape, dtype=torch.int64, device="cpu")
         for row, index in enumerate(pathways):
             length = len(members[index])
-            genes[row, :length] = torch.tensor(members[index], device="cpu")
-            pairs[row, :length] = torch.arange(starts[index], starts[index + 1], device="cpu")
-        groups.append((torch.tensor(pathways, device="cpu"), genes, pairs))
+            genes_pL[row, :length] = torch.tensor(members[index], device="cpu")
+            pairs_pL[row, :length] = torch.arange(starts[index], starts[index + 1], device="cpu")
+        groups.append((torch.tensor(pathways, device="cpu"), genes_pL, pairs_pL))
     return groups
 
 

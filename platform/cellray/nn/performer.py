@@ -69,7 +69,8 @@ class PerformerBlock(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         hidden_BTD = hidden_BTD + self.dropout(self.attention(self.attention_norm(hidden_BTD)))
         inner_BTF = self.activation(self.expand(self.ffn_norm(hidden_BTD)))
-        return hidden_BTD + self.dropout(self.contract(inner_BTF))
+        out_BTD: Tensor = hidden_BTD + self.dropout(self.contract(inner_BTF))
+        return out_BTD
 
 
 class Performer(nn.Module):
@@ -150,9 +151,7 @@ class RedrawSchedule(nn.Module):
         for name in _SAVED:
             destination[prefix + name] = torch.tensor(getattr(self, name), dtype=torch.int64)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         rest = dict(state_dict)
         for name in _SAVED:
             value = rest.pop(prefix + name, None)

@@ -132,7 +132,7 @@ class Depth:
         values = np.concatenate([values, np.zeros(len(extra_rows), dtype=np.float32)])
         hidden, values = self._hide(cells, inputs, rows, tokens, values, selected, draw)
         order = np.argsort(rows, kind="stable")
-        flat: dict[str, Any] = {
+        arrays = {
             "token_ids": tokens,
             "values": values,
             "targets": targets,
@@ -140,20 +140,18 @@ class Depth:
             "unknown_mask": hidden,
             "attention_mask": np.ones(len(rows), dtype=bool),
         }
-        packed = replace(
-            batch,
-            packing=Packing.of(np.bincount(rows, minlength=len(batch))),
-            **{name: torch.from_numpy(array[order]) for name, array in flat.items()},
-        )
+        flat: dict[str, Any] = {
+            name: torch.from_numpy(array[order]) for name, array in arrays.items()
+        }
+        packing = Packing.of(np.bincount(rows, minlength=len(batch)))
+        packed = replace(batch, packing=packing, **flat)
         return packed if batch.packing is not None else unpack(packed, pad=self.vocab.pad)
 
-    def lower_depth(
-        self, cells: _Cells, draw: Draw
-    ) -> tuple[npt.NDArray[np.float32], F64, F64]:
+    def lower_depth(self, cells: _Cells, draw: Draw) -> tuple[npt.NDArray[np.float32], F64, F64]:
         """Values of all tokens at the drawn depth, and the totals (B,) before and after."""
         from cellray.core._thinning import thin
 
-        config, ids = self.config, cells.cells
+        ids = cells.cells
         source = np.zeros(len(ids))
         here = cells.tokens == self.vocab.special("<S>")
         source[cells.rows[here]] = cells.values[here]

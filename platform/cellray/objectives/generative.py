@@ -132,7 +132,7 @@ class Generative:
 
         def wanted(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
             rounded = np.floor(ratio_B * lengths + 0.5).astype(np.int64)
-            return np.minimum(np.maximum(rounded, 1), lengths)
+            return np.asarray(np.minimum(np.maximum(rounded, 1), lengths), dtype=np.int64)
 
         chosen, _, _ = smallest_of_each_cell(
             batch, genes, draw, stream="generative.genes", wanted=wanted
@@ -158,7 +158,8 @@ class Generative:
         weights = {"gep": config.gep_weight, "gepc": config.gepc_weight, "cell_prompt": 1.0}
         parts: dict[str, torch.Tensor] = {}
         for part, name in _TERMS.items():
-            if part == "cell_prompt" and not batch.cell_prompt:
+            absent = part == "cell_prompt" and not batch.cell_prompt
+            if absent or (weights[part] == 0 and name not in given):
                 parts[part] = targets_M.new_zeros(())
                 continue
             parts[part] = (self._of(given, name).float() - targets_M).square().sum()

@@ -43,13 +43,14 @@ def totals(block: CellBlock, library: Library) -> npt.NDArray[np.float64]:
             )
         return sizes
     rows = row_ids(block.indptr)
-    return np.bincount(rows, weights=block.counts, minlength=len(block))
+    return np.bincount(rows, weights=block.counts, minlength=len(block)).astype(np.float64)
 
 
 def normalised(block: CellBlock, sums: npt.NDArray[np.float64]) -> F32:
     """(Z,) float32 counts scaled so that a cell of total ``sums`` (N,) has 10,000."""
     divisors = (np.where(sums > 0, sums, 1.0) / TARGET_SUM).astype(np.float32)
-    return block.counts / np.repeat(divisors, np.diff(block.indptr))
+    each = np.repeat(divisors, np.diff(block.indptr))
+    return np.asarray(block.counts / each, dtype=np.float32)
 
 
 def keep_sample(

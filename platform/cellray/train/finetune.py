@@ -107,7 +107,7 @@ def _start(
     model, tokenizer = to_dict(run.model), to_dict(run.tokenizer)
     vocab = store_vocab(cells, run.data, tokenizer["name"], train, run.seed)
     assert isinstance(run.model, ModelConfig)
-    vocab, weights = begin(run.model, vocab)
+    vocab, start = begin(run.model, vocab)
     empty = Manifest(
         family=model["family"],
         model=model,
@@ -116,7 +116,7 @@ def _start(
         vocab_fingerprint=vocab.fingerprint,
         data_fingerprint="",
     )
-    return empty, vocab, weights
+    return empty, vocab, start
 
 
 def _covariates(run: FinetuneRun) -> tuple[DataSection, Mapping[str, list[str]]]:
