@@ -22,14 +22,14 @@ from cellray.core.section import build_section, to_dict
 from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.models.base import family
-from cellray.models.upstream.base import GeneList, Imported, Options, revert, upstream
-from cellray.models.upstream.reading import (
+from cellray.models.upstream._reading import (
     as_text,
     find_file,
     plain_numbers,
     read_json,
     read_plain_pickle,
 )
+from cellray.models.upstream.base import GeneList, Imported, Options, revert, upstream
 from cellray.objectives.base import ObjectiveUnit
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint, write_checkpoint
 
@@ -138,7 +138,7 @@ def read_gene_list(path: str | Path, *, allow_code: bool = False) -> GeneList:
             (``gene_name``, ``index``; ``token_id``, ``token``, ``nonzero_median``, ``symbol``), a
             list of one gene a line, a ``.npy`` of names, an h5ad (its var index), or a cellray
             vocabulary; text also as ``.gz``.
-        allow_code: see :func:`cellray.models.upstream.reading.read_plain_pickle`.
+        allow_code: see :func:`cellray.models.upstream._reading.read_plain_pickle`.
 
     Raises:
         DataError: the file is missing or is none of these.

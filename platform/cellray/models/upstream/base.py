@@ -209,18 +209,34 @@ def _kin(keys: Sequence[str]) -> str:
     return ""
 
 
-def check_kind(weights: Weights, signature: str, where: str) -> None:
+def check_kind(weights: Mapping[str, Any], signature: str, where: str, *, raw: Any = None) -> None:
     """Refuse a file whose keys show that it is of another family, or no model at all.
+
+    Args:
+        weights: the tensors that the family's reader found.
+        signature: regular expression of a key that only files of this family have.
+        where: the file, for messages.
+        raw: all that the file holds, nested as it is.
 
     Raises:
         CheckpointError: no key has the family's signature.
     """
     if not any(re.search(signature, name) for name in weights):
-        keys = sorted(weights)
+        keys = sorted(_names(weights if raw is None else raw))
         raise CheckpointError(
             f"{where} is not a published checkpoint of this family.{_kin(keys)} It holds "
-            f"{len(keys)} tensors: {listed(keys) or 'none'}"
+            f"{listed(keys) or 'nothing'}"
         )
+
+
+def _names(raw: Any, depth: int = 0) -> set[str]:
+    """Keys of nested tables."""
+    if not isinstance(raw, Mapping) or depth > 3:
+        return set()
+    found = {str(key) for key in raw}
+    for value in raw.values():
+        found |= _names(value, depth + 1)
+    return found
 
 
 def convert(

@@ -16,6 +16,7 @@ import torch
 
 from cellray.core.errors import CheckpointError
 from cellray.data.vocab import Vocab
+from cellray.models.upstream._reading import find_file, read_json, read_tensors
 from cellray.models.upstream.base import (
     GeneList,
     Imported,
@@ -29,7 +30,6 @@ from cellray.models.upstream.base import (
     same,
     stacked,
 )
-from cellray.models.upstream.reading import find_file, read_json, read_tensors
 
 __all__ = ["UPSTREAM"]
 

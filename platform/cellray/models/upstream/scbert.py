@@ -15,6 +15,7 @@ import torch
 
 from cellray.core.errors import CheckpointError
 from cellray.data.vocab import Vocab
+from cellray.models.upstream._reading import find_file, read_tensors
 from cellray.models.upstream.base import (
     Imported,
     Options,
@@ -28,7 +29,6 @@ from cellray.models.upstream.base import (
     stacked,
     strip_prefix,
 )
-from cellray.models.upstream.reading import find_file, read_tensors
 
 __all__ = ["UPSTREAM", "performer_rules"]
 
@@ -104,7 +104,7 @@ def _read(path: Path, options: Options) -> Imported:
     inner = raw.get(_STATE)
     weights = strip_prefix(inner if isinstance(inner, Mapping) else raw, "module.")
     weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    check_kind(weights, _SIGNATURE, where)
+    check_kind(weights, _SIGNATURE, where, raw=raw)
     wanted = ["token_emb.weight", "pos_emb.emb.weight"]
     lacking = [name for name in wanted if name not in weights]
     if lacking:

@@ -16,6 +16,7 @@ import torch
 
 from cellray.core.errors import CheckpointError, ConfigError, did_you_mean
 from cellray.data.vocab import Vocab
+from cellray.models.upstream._reading import find_file, read_tensors
 from cellray.models.upstream.base import (
     Imported,
     Options,
@@ -27,7 +28,6 @@ from cellray.models.upstream.base import (
     same,
     strip_prefix,
 )
-from cellray.models.upstream.reading import find_file, read_tensors
 from cellray.models.upstream.scbert import performer_rules
 
 __all__ = ["UPSTREAM"]
@@ -127,7 +127,7 @@ def _read(path: Path, options: Options) -> Imported:
     raw = read_tensors(file, allow_code=options.allow_code)
     config, state = _entry(raw, options.entry, where)
     weights = _prefixed(state)
-    check_kind(weights, _SIGNATURE, where)
+    check_kind(weights, _SIGNATURE, where, raw=raw)
     genes = needed(options, "OS_scRNA_gene_index.19264.tsv")
     table = weights.get("pos_emb.weight")
     if table is None:
