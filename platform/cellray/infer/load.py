@@ -21,11 +21,19 @@ from cellray.core.errors import CheckpointError, DataError
 from cellray.data.collate import collate_tokens
 from cellray.data.tokens import make_tokenizer, tokenise_content
 from cellray.data.vocab import Vocab
-from cellray.models.base import CellClassifier, CellModel, EmbedsCells, GeneClassifier
+from cellray.models.base import (
+    CellClassifier,
+    CellModel,
+    EmbedsCells,
+    GeneClassifier,
+    family,
+)
 from cellray.tokenizers.base import Tokenizer
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 
-__all__ = ["LoadedModel", "block_of", "load"]
+__all__ = ["UNASSIGNED", "LoadedModel", "block_of", "load"]
+
+UNASSIGNED = "Unassigned"  # the label of a cell that no class is sure of
 
 F32 = npt.NDArray[np.float32]
 
@@ -227,11 +235,22 @@ class LoadedModel:
         """Zero-shot cell embeddings, (N, D)."""
         return self.embed_tokens(self.tokens(adata, layer=layer))
 
-    def annotate(self, adata: ad.AnnData, *, layer: str | None = None) -> pd.DataFrame:
-        """Predicted label and its probability for each cell, indexed like ``adata.obs``."""
+    def annotate(
+        self, adata: ad.AnnData, *, layer: str | None = None, refuse_below: float | None = None
+    ) -> pd.DataFrame:
+        """Predicted label and its probability for each cell, indexed like ``adata.obs``.
+
+        Args:
+            adata: N cells with raw counts.
+            layer: layer with raw counts; None takes ``X``.
+            refuse_below: a cell whose best class has a lower probability is ``Unassigned``; None
+                takes the family's own cutoff (scBERT 0.5, TOSICA 0.1, others none).
+        """
         probabilities = self.classify_tokens(self.tokens(adata, layer=layer))
         best = probabilities.argmax(axis=1)
         labels = np.asarray(self.manifest.classes, dtype=object)[best]
+        cutoff = family(self.manifest.family).refuse_below if refuse_below is None else refuse_below
+        labels[probabilities.max(axis=1) < cutoff] = UNASSIGNED
         return pd.DataFrame(
             {"label": labels, "probability": probabilities.max(axis=1)}, index=adata.obs_names
         )
