@@ -9,13 +9,14 @@ Legend: P gene sets, G genes of the vocabulary.
 from __future__ import annotations
 
 import gzip
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 
 from cellray.core.errors import ConfigError, DataError, did_you_mean
-from cellray.data.vocab import Vocab
+from cellray.data.vocab import Vocab, strip_version
 
 __all__ = ["SHIPPED", "choose_gene_sets", "random_gene_sets", "read_gmt"]
 
@@ -102,7 +103,7 @@ def choose_gene_sets(
         DataError: none of the genes is in the vocabulary, or no set is left.
     """
     names = list(dict.fromkeys(gene for genes in sets.values() for gene in genes))
-    found = dict(zip(names, vocab.match(names, names).tolist(), strict=True))
+    found = _positions(names, vocab)
     if not any(index >= 0 for index in found.values()):
         raise DataError(
             f"none of the {len(names)} genes of '{source}' ({', '.join(names[:3])}, ...) is among "
@@ -127,6 +128,17 @@ def choose_gene_sets(
     sizes = np.array([len(chosen[name]) for name in kept])
     largest = np.sort(np.argsort(sizes, kind="stable")[-max_sets:])
     return {kept[i]: chosen[kept[i]] for i in largest}
+
+
+def _positions(names: list[str], vocab: Vocab) -> dict[str, int]:
+    """Name -> position in the vocabulary, by id or by a symbol that only one gene has; else -1.
+
+    A file may name a gene by its id in one set and by its symbol in another.
+    """
+    by_id = {strip_version(gene): i for i, gene in enumerate(vocab.gene_ids)}
+    counts = Counter(symbol for symbol in vocab.symbols if symbol)
+    by_symbol = {s: i for i, s in enumerate(vocab.symbols) if counts.get(s) == 1}
+    return {n: by_id.get(strip_version(n), by_symbol.get(n, -1)) for n in names}
 
 
 def random_gene_sets(

@@ -20,6 +20,7 @@ from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError
 from cellray.core.packing import Packing
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.attention import Kernel
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.embeddings import RankedEmbedding
 from cellray.nn.heads import PooledClassifier, TiedTokenDecoder, TokenClassifier
@@ -51,6 +52,7 @@ class GeneformerConfig(ModelConfig):
             tokenizer puts ``<cls>`` there).
         masked_head: False builds no masked-gene head, as published classifiers have none; such a
             model cannot be pretrained further.
+        attention: kernel for packed cells, see :func:`cellray.nn.attention.attend`.
     """
 
     family: str = "geneformer"
@@ -66,6 +68,7 @@ class GeneformerConfig(ModelConfig):
     embedding_layer: int = Field(default=-1, le=0)
     cell_embedding: Literal["mean", "cls"] = "mean"
     masked_head: bool = True
+    attention: Kernel = "auto"
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> GeneformerConfig:
@@ -115,6 +118,7 @@ class Geneformer(CellModel):
                 config.dropout if config.attention_dropout is None else config.attention_dropout
             ),
             layer_norm_eps=config.layer_norm_eps,
+            kernel=config.attention,
         )
         self.encoder = Encoder(spec, num_layers=config.num_layers)
         self.decoder: TiedTokenDecoder | None = None

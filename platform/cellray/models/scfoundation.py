@@ -24,6 +24,7 @@ from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.packing import Packing
 from cellray.models._panel import Panel
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.attention import Kernel
 from cellray.nn.blocks import BlockSpec, Encoder
 from cellray.nn.embeddings import SoftBinEmbedding
 from cellray.nn.favor import KeyMax
@@ -53,6 +54,7 @@ class ScfoundationConfig(ModelConfig):
         decoder_ffn_width: inner width of the decoder's feed-forward layers.
         value_bins: V, vectors a value is mixed of.
         bin_alpha: weight of the residual in the value embedding.
+        attention: kernel for packed cells, see :func:`cellray.nn.attention.attend`.
         key_max: over what the keys' maximum of the decoder's FAVOR+ is taken: ``cell`` makes a
             cell independent of its batch and equals the source run one cell at a time; ``tensor``
             is the source's.
@@ -74,6 +76,7 @@ class ScfoundationConfig(ModelConfig):
     decoder_ffn_width: int = Field(default=2048, ge=1)
     value_bins: int = Field(default=100, ge=2)
     bin_alpha: float = 1.0
+    attention: Kernel = "auto"
     key_max: KeyMax = "cell"
     redraw_every: int = Field(default=1000, ge=0)
     cell_embedding: Literal["all", "max"] = "all"
@@ -135,6 +138,7 @@ class Scfoundation(CellModel):
                 dropout=config.dropout,
                 attention_dropout=config.dropout,
                 inner_dropout=config.dropout,
+                kernel=config.attention,
             ),
             num_layers=config.num_layers,
         )

@@ -23,6 +23,7 @@ from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.models._generation import generate_values
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.attention import Kernel
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.domain import BatchAdversary, BatchLabels, DomainNorm
 from cellray.nn.embeddings import ConditionEmbedding, ContinuousValueEncoder, NormedEmbedding
@@ -63,6 +64,7 @@ class ScgptConfig(ModelConfig):
         expressed: decoders also say how likely a gene is expressed at all (zero probabilities).
         gen_out_proj: apply the attention's output projection at hidden tokens, too. False is the
             original's slip, under which its published weights were trained.
+        attention: kernel for packed cells, see :func:`cellray.nn.attention.attend`.
     """
 
     family: str = "scgpt"
@@ -82,6 +84,7 @@ class ScgptConfig(ModelConfig):
     gepc: bool = True
     expressed: bool = False
     gen_out_proj: bool = True
+    attention: Kernel = "auto"
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> ScgptConfig:
@@ -150,6 +153,7 @@ class Scgpt(CellModel):
             attention_dropout=config.dropout,
             inner_dropout=config.dropout,
             project_unknown=config.gen_out_proj,
+            kernel=config.attention,
         )
         self.encoder = Encoder(spec, num_layers=config.num_layers)
         inputs, expressed = 1 + config.batch_labels, config.expressed

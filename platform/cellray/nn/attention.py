@@ -1,26 +1,42 @@
 """Exact multi-head attention: over a cell's tokens, and scGPT's generative block form.
 
+:func:`attend` is the one call: padded or packed cells, with or without the generative mask, by the
+kernel that serves best here. All give the same numbers up to rounding.
+
 Legend: B cells, T tokens, H heads, K width of a head, D width (H * K), P tokens of a packed batch.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from cellray.core.errors import ConfigError
 from cellray.core.packing import Packing
+from cellray.nn.varlen import (
+    EXTRA_COLUMNS,
+    NEVER,
+    flex_packed,
+    varlen_packed,
+    varlen_serves,
+)
 
-__all__ = ["SelfAttention", "attention_probabilities", "generative_attention", "padded_attention"]
+__all__ = [
+    "Kernel",
+    "SelfAttention",
+    "attend",
+    "attention_probabilities",
+    "generative_attention",
+    "padded_attention",
+]
 
 Tensor = torch.Tensor
 
-# A logit (before scaling) that no softmax keeps, within the range of every float type.
-_NEVER = -30_000.0
-# Attention kernels want head widths in multiples of 8; two columns are used.
-_EXTRA_COLUMNS = 8
+Kernel = Literal["auto", "sdpa", "varlen", "flex"]
 
 
 def padded_attention(
@@ -70,16 +86,16 @@ def generative_attention(
     width = q_BHTK.shape[-1]
     # Two columns hold the logit and what rounding took from it, to keep it exact in bfloat16.
     exact_BHT = (q_BHTK.float() * k_BHTK.float()).sum(-1)
-    exact_BHT = exact_BHT.masked_fill(~unknown_BT[:, None, :], _NEVER)
+    exact_BHT = exact_BHT.masked_fill(~unknown_BT[:, None, :], NEVER)
     self_BHT = exact_BHT.to(q_BHTK.dtype)
     self_rest_BHT = (exact_BHT - self_BHT.float()).to(q_BHTK.dtype)
-    q = functional.pad(q_BHTK, (0, _EXTRA_COLUMNS))
+    q = functional.pad(q_BHTK, (0, EXTRA_COLUMNS))
     q[..., width] = self_BHT
     q[..., width + 1] = self_rest_BHT
     # One row more for the virtual key and its value.
-    k = functional.pad(k_BHTK, (0, _EXTRA_COLUMNS, 0, 1))
+    k = functional.pad(k_BHTK, (0, EXTRA_COLUMNS, 0, 1))
     k[..., -1, width : width + 2] = 1.0
-    v = functional.pad(v_BHTK, (0, _EXTRA_COLUMNS, 0, 1))
+    v = functional.pad(v_BHTK, (0, EXTRA_COLUMNS, 0, 1))
     v[..., -1, width] = 1.0
     mask_B11T = functional.pad(keys_BT & ~unknown_BT, (0, 1), value=True)[:, None, None, :]
     out = functional.scaled_dot_product_attention(
@@ -95,6 +111,76 @@ def attention_probabilities(q_BHTK: Tensor, k_BHTK: Tensor, keys_BT: Tensor) -> 
     return torch.softmax(logits, dim=-1) * keys_BT[:, None, :, None]
 
 
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Tensor | Packing,
+    unknown: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    kernel: Kernel = "auto",
+) -> Tensor:
+    """Attention of every token to the tokens of its cell.
+
+    Args:
+        q: queries, (B, H, T, K) of padded cells, (P, H, K) of packed ones.
+        k: keys, likewise.
+        v: values, likewise.
+        layout: of padded cells (B, T) bool, True at tokens that may be attended to; of packed cells
+            where they lie.
+        unknown: bool, True at tokens whose value is hidden: the generative mask, under which they
+            are attended to by themselves only; None for full attention.
+        dropout: probability of dropping an attention weight.
+        kernel: ``sdpa``: torch's scaled dot product, for packed cells once for each group of like
+            length; ``varlen``: FlashAttention's variable-length kernels and ``flex``:
+            FlexAttention, for packed cells on a GPU; ``auto``: ``varlen`` where it serves, else
+            ``sdpa``. Padded cells always take ``sdpa``.
+
+    Returns:
+        Of ``q``'s shape.
+
+    Raises:
+        ConfigError: the kernel does not serve here.
+    """
+    if not isinstance(layout, Packing):
+        if unknown is None:
+            return padded_attention(q, k, v, layout, dropout=dropout)
+        return generative_attention(q, k, v, layout, unknown, dropout=dropout)
+    serves = varlen_serves(q.device, q.dtype, dropout)
+    if kernel == "varlen" and not serves:
+        raise ConfigError(
+            f"model.attention = 'varlen' needs a GPU, half precision and flash-attn (or no "
+            f"dropout); here: {q.device.type}, {q.dtype}, dropout {dropout}; take 'auto'"
+        )
+    if kernel == "flex":
+        if dropout:
+            raise ConfigError(
+                "model.attention = 'flex' has no dropout of attention weights; set the model's "
+                "dropout to 0, or take 'auto'"
+            )
+        return flex_packed(q, k, v, layout, unknown)
+    if kernel != "sdpa" and serves:
+        return varlen_packed(q, k, v, layout, unknown, dropout=dropout)
+    return _by_groups(q, k, v, layout, unknown, dropout)
+
+
+def _by_groups(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, unknown: Tensor | None, dropout: float
+) -> Tensor:
+    """Packed attention, one call for each group of cells of like length, (P, H, K).
+
+    Only inside a group is a cell filled up, by less than a fifth.
+    """
+    parts = []
+    for group in packing.groups:
+        ours, theirs, values = (x[group.tokens_bt].transpose(1, 2) for x in (q, k, v))
+        hidden_bt = None if unknown is None else unknown[group.tokens_bt]
+        mixed = attend(ours, theirs, values, group.real_bt, hidden_bt, dropout=dropout)
+        parts.append(mixed.transpose(1, 2)[group.real_bt])
+    return torch.cat(parts)[packing.restore]
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values.
 
@@ -104,16 +190,24 @@ class SelfAttention(nn.Module):
         dropout: probability of dropping an attention weight in training.
         project_unknown: whether the output projection is applied at unknown tokens, too.
             scGPT's published weights were trained without it.
+        kernel: see :func:`attend`.
     """
 
     def __init__(
-        self, width: int, *, num_heads: int, dropout: float, project_unknown: bool = True
+        self,
+        width: int,
+        *,
+        num_heads: int,
+        dropout: float,
+        project_unknown: bool = True,
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         assert width % num_heads == 0, f"width {width} is not a multiple of {num_heads} heads"
         self.num_heads = num_heads
         self.dropout = dropout
         self.project_unknown = project_unknown
+        self.kernel: Kernel = kernel
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
@@ -132,39 +226,20 @@ class SelfAttention(nn.Module):
         packing: Packing | None = None,
     ) -> Tensor:
         """(B, T, D) -> (B, T, D), or (P, D) -> (P, D); with ``unknown_BT`` the generative form."""
+        dropout = self.dropout if self.training else 0.0
         if packing is None:
-            mixed_BTD = self._mix(*self.heads(hidden_BTD), keys_BT, unknown_BT)
+            q, k, v = self.heads(hidden_BTD)
+            mixed = attend(q, k, v, keys_BT, unknown_BT, dropout=dropout, kernel=self.kernel)
+            mixed_BTD = mixed.transpose(1, 2).flatten(2)
         else:
-            mixed_BTD = self._mix_packed(hidden_BTD, unknown_BT, packing)
+            split_P3HK = self.qkv(hidden_BTD).view(len(hidden_BTD), 3, self.num_heads, -1)
+            q, k, v = split_P3HK.unbind(1)
+            mixed = attend(q, k, v, packing, unknown_BT, dropout=dropout, kernel=self.kernel)
+            mixed_BTD = mixed.flatten(1)
         out_BTD: Tensor = self.out(mixed_BTD)
         if unknown_BT is None or self.project_unknown:
             return out_BTD
         return torch.where(unknown_BT[..., None], mixed_BTD.to(out_BTD.dtype), out_BTD)
-
-    def _mix(
-        self, q: Tensor, k: Tensor, v: Tensor, keys_BT: Tensor, unknown_BT: Tensor | None
-    ) -> Tensor:
-        """Values of a cell's tokens weighed by attention, (B, T, D)."""
-        dropout = self.dropout if self.training else 0.0
-        if unknown_BT is None:
-            mixed = padded_attention(q, k, v, keys_BT, dropout=dropout)
-        else:
-            mixed = generative_attention(q, k, v, keys_BT, unknown_BT, dropout=dropout)
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _mix_packed(self, hidden_PD: Tensor, unknown_P: Tensor | None, packing: Packing) -> Tensor:
-        """The same over packed cells, (P, D), one call for each group of cells of like length.
-
-        Projections see no padding; only inside a group is a cell filled up, by less than a fifth.
-        """
-        split_P3HK = self.qkv(hidden_PD).view(len(hidden_PD), 3, self.num_heads, -1)
-        parts = []
-        for group in packing.groups:
-            q, k, v = split_P3HK[group.tokens_bt].permute(2, 0, 3, 1, 4).unbind(0)
-            unknown_bt = None if unknown_P is None else unknown_P[group.tokens_bt]
-            mixed_btD = self._mix(q, k, v, group.real_bt, unknown_bt)
-            parts.append(mixed_btD[group.real_bt])
-        return torch.cat(parts)[packing.restore]
 
     def probabilities(self, hidden_BTD: Tensor, keys_BT: Tensor) -> Tensor:
         """Attention weights without dropout, (B, H, T, T) float32."""

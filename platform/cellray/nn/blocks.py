@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from cellray.core.packing import Packing
-from cellray.nn.attention import SelfAttention
+from cellray.nn.attention import Kernel, SelfAttention
 
 __all__ = ["Activation", "BlockSpec", "Encoder", "EncoderBlock"]
 
@@ -36,6 +36,7 @@ class BlockSpec:
         inner_dropout: after the feed-forward activation.
         layer_norm_eps: epsilon of both layer norms.
         project_unknown: see :class:`cellray.nn.attention.SelfAttention`.
+        kernel: see :func:`cellray.nn.attention.attend`.
     """
 
     width: int
@@ -47,6 +48,7 @@ class BlockSpec:
     inner_dropout: float = 0.0
     layer_norm_eps: float = 1e-5
     project_unknown: bool = True
+    kernel: Kernel = "auto"
 
 
 class EncoderBlock(nn.Module):
@@ -59,6 +61,7 @@ class EncoderBlock(nn.Module):
             num_heads=spec.num_heads,
             dropout=spec.attention_dropout,
             project_unknown=spec.project_unknown,
+            kernel=spec.kernel,
         )
         self.attention_norm = nn.LayerNorm(spec.width, eps=spec.layer_norm_eps)
         self.expand = nn.Linear(spec.width, spec.ffn_width)

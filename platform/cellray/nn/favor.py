@@ -92,23 +92,43 @@ def _slices(x_BHTK: Tensor, count: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _largest(k_BHTK: Tensor, features_MK: Tensor, convention: KeyMax) -> Tensor:
-    """M of the keys: (B, 1, 1, 1), or of one element for ``tensor``."""
+def _largest(k_BHTK: Tensor, features_MK: Tensor, convention: KeyMax) -> tuple[Tensor, Tensor]:
+    """M of the keys and where it is.
+
+    Returns:
+        (B, 1, 1, 1) maxima and (B, 4) their (cell, head, token, feature); for ``tensor`` of one
+        element, (1, 1, 1, 1) and (1, 4).
+    """
     scaled = (features_MK * k_BHTK.shape[-1] ** -0.25).T
-    parts = [(k_BHTK[:, :, s] @ scaled).amax((1, 2, 3)) for s in _slices(k_BHTK, len(features_MK))]
-    largest_B = torch.stack(parts).amax(0)
-    chosen: Tensor = largest_B.amax() if convention == "tensor" else largest_B
-    return chosen.reshape(-1, 1, 1, 1)
+    num_cells = len(k_BHTK)
+    best_B: Tensor | None = None
+    places_B4 = torch.zeros(num_cells, 4, dtype=torch.int64, device=k_BHTK.device)
+    cells_B = torch.arange(num_cells, device=k_BHTK.device)
+    for s in _slices(k_BHTK, len(features_MK)):
+        dots = k_BHTK[:, :, s] @ scaled
+        here_B, flat_B = dots.flatten(1).max(1)
+        count = dots.shape[2] * dots.shape[3]
+        head_B, rest_B = flat_B // count, flat_B % count
+        token_B, feature_B = rest_B // dots.shape[3], rest_B % dots.shape[3]
+        found_B4 = torch.stack([cells_B, head_B, token_B + s.start, feature_B], dim=1)
+        better_B = torch.ones_like(cells_B, dtype=torch.bool) if best_B is None else here_B > best_B
+        best_B = here_B if best_B is None else torch.maximum(best_B, here_B)
+        places_B4 = torch.where(better_B[:, None], found_B4, places_B4)
+    assert best_B is not None, "a cell has at least one token"
+    if convention == "tensor":
+        cell = best_B.argmax()
+        return best_B[cell].reshape(1, 1, 1, 1), places_B4[cell][None]
+    return best_B.reshape(-1, 1, 1, 1), places_B4
 
 
 class _Favor(torch.autograd.Function):
-    """The whole attention; the maxima are constants for the gradient."""
+    """The whole attention; the gradient goes through the maxima, too."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, features: Tensor, convention: KeyMax
     ) -> Tensor:
-        key_max = _largest(k, features, convention)
+        key_max, places = _largest(k, features, convention)
         count, (batch, heads, _, width) = len(features), v.shape
         context = v.new_zeros(batch, heads, count, width)
         totals = v.new_zeros(batch, heads, count)
@@ -120,38 +140,46 @@ class _Favor(torch.autograd.Function):
         for s in _slices(q, count):
             phi = _query_exponentials(q[:, :, s], features).add_(_FLOOR)
             out[:, :, s] = (phi @ context) / (phi @ totals[..., None])
-        ctx.save_for_backward(q, k, v, features, key_max, context, totals, out)
+        ctx.save_for_backward(q, k, v, features, key_max, places, context, totals, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, features, key_max, context, totals, out = ctx.saved_tensors
+        q, k, v, features, key_max, places, context, totals, out = ctx.saved_tensors
         (grad,) = grads
+        scaled = features * features.shape[1] ** -0.25
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         d_context, d_totals = torch.zeros_like(context), torch.zeros_like(totals)
         for s in _slices(q, len(features)):
             exp = _query_exponentials(q[:, :, s], features)
+            largest = exp.argmax(-1)
             phi = exp + _FLOOR
-            weight = phi @ totals[..., None]
-            d_sum = grad[:, :, s] / weight
+            d_sum = grad[:, :, s] / (phi @ totals[..., None])
             d_weight = -(d_sum * out[:, :, s]).sum(-1, keepdim=True)
             d_phi = d_sum @ context.transpose(-1, -2) + d_weight * totals[:, :, None]
             d_context += phi.transpose(-1, -2) @ d_sum
             d_totals += (phi * d_weight).sum(-2)
-            dq[:, :, s] = _through(d_phi.mul_(exp), q[:, :, s], features)
+            d_exp = d_phi.mul_(exp)
+            through_max = d_exp.sum(-1, keepdim=True) * scaled[largest]
+            dq[:, :, s] = _through(d_exp, q[:, :, s], scaled) - through_max
+        d_max = torch.zeros(len(k), device=k.device, dtype=k.dtype)
         for s in _slices(k, len(features)):
             exp = _key_exponentials(k[:, :, s], features, key_max)
             d_phi = v[:, :, s] @ d_context.transpose(-1, -2) + d_totals[:, :, None]
             dv[:, :, s] = (exp + _FLOOR) @ d_context
-            dk[:, :, s] = _through(d_phi.mul_(exp), k[:, :, s], features)
+            d_exp = d_phi.mul_(exp)
+            d_max -= d_exp.sum((1, 2, 3))
+            dk[:, :, s] = _through(d_exp, k[:, :, s], scaled)
+        cells, heads, tokens, chosen = places.unbind(1)
+        share = d_max if len(places) == len(d_max) else d_max.sum()[None]
+        dk[cells, heads, tokens] += share[:, None] * scaled[chosen]
         return dq, dk, dv, None, None
 
 
-def _through(d_exponent: Tensor, x: Tensor, features: Tensor) -> Tensor:
+def _through(d_exponent: Tensor, x: Tensor, scaled: Tensor) -> Tensor:
     """The gradient of x from that of ``w . x' - |x'|^2 / 2``."""
-    scale = x.shape[-1] ** -0.25
-    own = d_exponent.sum(-1, keepdim=True) * (x * scale * scale)
-    grad: Tensor = d_exponent @ (features * scale) - own
+    factor = x.shape[-1] ** -0.5
+    grad: Tensor = d_exponent @ scaled - d_exponent.sum(-1, keepdim=True) * (x * factor)
     return grad
 
 
@@ -183,7 +211,7 @@ def favor_weights(
         product of the one with the other's transpose is the (T, T) attention, whose rows sum to 1.
     """
     q, k, features = q_BHTK.float(), k_BHTK.float(), features_MK.float()
-    keys = _key_exponentials(k, features, _largest(k, features, key_max)) + _FLOOR
+    keys = _key_exponentials(k, features, _largest(k, features, key_max)[0]) + _FLOOR
     queries = _query_exponentials(q, features) + _FLOOR
     return queries / (queries @ keys.sum(-2)[..., None]), keys
 

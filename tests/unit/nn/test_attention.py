@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from cellray.core.errors import ConfigError
+from cellray.core.packing import Packing
 from cellray.nn.attention import (
     SelfAttention,
+    attend,
     attention_probabilities,
     generative_attention,
     padded_attention,
 )
+from cellray.nn.varlen import varlen_packed, varlen_serves
 
 
 def make(b: int = 3, h: int = 2, t: int = 7, k: int = 8, dtype: torch.dtype = torch.float32):
@@ -146,3 +151,72 @@ def test_dropout_works_in_training_only():
 def test_width_must_be_a_multiple_of_heads():
     with pytest.raises(AssertionError, match="width 10 is not a multiple of 4 heads"):
         SelfAttention(10, num_heads=4, dropout=0.0)
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, scale, dropout):
+    """What a variable-length kernel computes, cell by cell; the real ones need a GPU."""
+    parts = []
+    for cell in range(len(cu_q) - 1):
+        qs = slice(int(cu_q[cell]), int(cu_q[cell + 1]))
+        ks = slice(int(cu_k[cell]), int(cu_k[cell + 1]))
+        assert qs.stop - qs.start <= max_q
+        assert ks.stop - ks.start <= max_k
+        logits = torch.einsum("qhd,khd->hqk", q[qs], k[ks]) * scale
+        parts.append(torch.einsum("hqk,khd->qhd", torch.softmax(logits, -1), v[ks]))
+    return torch.cat(parts)
+
+
+def packed(seed: int = 0, lengths: tuple[int, ...] = (5, 1, 9, 4)):
+    gen = torch.Generator().manual_seed(seed)
+    packing = Packing.of(np.array(lengths))
+    q, k, v = (torch.randn(sum(lengths), 2, 8, generator=gen) for _ in range(3))
+    unknown = torch.rand(sum(lengths), generator=gen) < 0.4
+    unknown[-4:] = True  # a cell of which nothing is known
+    return q, k, v, packing, unknown
+
+
+def dense_packed(q, k, v, packing, unknown):
+    rows = packing.rows
+    allowed = rows[:, None] == rows[None]
+    if unknown is not None:
+        allowed &= ~unknown[None] | torch.eye(len(rows), dtype=torch.bool)
+    heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    return dense(*heads, allowed[None])[0].transpose(0, 1)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("path", ["sdpa", "auto", "flex", "varlen"])
+def test_every_path_over_packed_cells_gives_the_numbers_of_the_dense_mask(path, hidden):
+    q, k, v, packing, unknown = packed()
+    unknown = unknown if hidden else None
+    want = dense_packed(q, k, v, packing, unknown)
+    if path == "varlen":
+        got = varlen_packed(q, k, v, packing, unknown, kernel=plain_varlen)
+    else:
+        got = attend(q, k, v, packing, unknown, kernel=path)
+    torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=0)
+
+
+def test_gradients_of_the_varlen_form_are_those_of_the_dense_mask():
+    q, k, v, packing, unknown = packed()
+    grads = []
+    for run in (
+        lambda *x: varlen_packed(*x, packing, unknown, kernel=plain_varlen),
+        lambda *x: dense_packed(*x, packing, unknown),
+    ):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        run(*leaves).square().sum().backward()
+        grads.append([x.grad for x in leaves])
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def test_kernels_that_do_not_serve_here_say_so():
+    q, k, v, packing, _ = packed()
+    with pytest.raises(ConfigError, match="'varlen' needs a GPU.*here: cpu.*take 'auto'"):
+        attend(q, k, v, packing, kernel="varlen")
+    with pytest.raises(ConfigError, match="'flex' has no dropout"):
+        attend(q, k, v, packing, kernel="flex", dropout=0.1)
+    assert not varlen_serves(torch.device("cpu"), torch.bfloat16, 0.0)
+    assert not varlen_serves(torch.device("cuda"), torch.float32, 0.0)
