@@ -49,7 +49,7 @@ class ScbertConfig(ModelConfig):
         freeze_genes: do not train the gene table; always so with ``gene2vec``.
         key_max: over what the keys' maximum of FAVOR+ is taken: ``cell`` makes a cell independent
             of its batch and equals the source run one cell at a time; ``tensor`` is the source's.
-        redraw_every: training passes between two draws of random features.
+        redraw_every: optimizer steps between two draws of random features; 0 keeps the first.
         cell_embedding: zero-shot embedding: ``mean`` over all places, ``expressed`` over the
             cell's tokens, or ``cls``, the last place.
         masked_head: False builds no head of bins, as fine-tuned published models have none; such a
@@ -187,12 +187,15 @@ class Scbert(CellModel):
         if batch.unknown_mask is not None:
             values = values.masked_fill(batch.unknown_mask, float(self.config.num_classes - 1))
         bins_BS = self.panel.spread(batch, places, values).long()
-        embedded_BSD: Tensor = self.bins(bins_BS) + self.genes.weight
+        # by a call, not by attribute: under ZeRO 3 a module's weights are there in its call
+        every_S = torch.arange(self.panel.num_places, device=bins_BS.device)
+        embedded_BSD: Tensor = self.bins(bins_BS) + self.genes(every_S)
         return embedded_BSD
 
     def _encode(self, batch: CellBatch, places: Tensor) -> Tensor:
         """(B, S, D) after the final norm."""
-        hidden_BSD: Tensor = self.norm(self.encoder(self._embed(batch, places)))
+        embedded_BSD = self._embed(batch, places)
+        hidden_BSD: Tensor = self.norm(self.encoder(embedded_BSD, step=batch.step))
         return hidden_BSD
 
     def _pool(self, panel_BSD: Tensor, batch: CellBatch, places: Tensor) -> Tensor:

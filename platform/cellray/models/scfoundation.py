@@ -58,7 +58,7 @@ class ScfoundationConfig(ModelConfig):
         key_max: over what the keys' maximum of the decoder's FAVOR+ is taken: ``cell`` makes a
             cell independent of its batch and equals the source run one cell at a time; ``tensor``
             is the source's.
-        redraw_every: training passes between two draws of random features.
+        redraw_every: optimizer steps between two draws of random features; 0 keeps the first.
         cell_embedding: ``all``: encoder at S, at T, maximum and mean over genes, 4 D numbers;
             ``max``: maximum over all tokens, D numbers.
     """
@@ -233,19 +233,22 @@ class Scfoundation(CellModel):
         """(B, S, E). The bridge is linear: zeros pass it once for all cells of the batch."""
         num = self.panel.num_places
         zero_D = self.values(batch.values.new_zeros(1))[0]
-        base_SE = self.bridge(self.positions.weight[:num] + zero_D)
+        every_S = torch.arange(num, device=places.device)
+        base_SE = self.bridge(self.positions(every_S) + zero_D)
         flat = base_SE.expand(len(batch), -1, -1).flatten(0, 1)
         real = encoded.real
         seen_PE = self.bridge((encoded.hidden + self.positions(encoded.places))[real])
         at_P = (encoded.rows * num + encoded.places)[real]
         if batch.unknown_mask is not None:
             hidden_M = batch.unknown_mask & (places < num)
-            mask_ME = self.bridge(self.values.mask + self.positions(places[hidden_M]))
+            mask_D = self.values(batch.values.new_zeros(1), mask=True)[0]
+            mask_ME = self.bridge(mask_D + self.positions(places[hidden_M]))
             seen_PE = torch.cat([seen_PE, mask_ME.to(seen_PE.dtype)])
             at_P = torch.cat([at_P, (batch.token_rows() * num + places)[hidden_M]])
         flat = flat.index_copy(0, at_P, seen_PE.to(flat.dtype))
-        decoded_BSE: Tensor = self.decoder_norm(self.decoder(flat.view(len(batch), num, -1)))
-        return decoded_BSE
+        decoded_BSE = self.decoder(flat.view(len(batch), num, -1), step=batch.step)
+        normed_BSE: Tensor = self.decoder_norm(decoded_BSE)
+        return normed_BSE
 
     def _pool(self, encoded: _Encoded, num_cells: int) -> Tensor:
         hidden, genes = encoded.hidden, self.panel.num_genes

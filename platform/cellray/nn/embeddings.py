@@ -143,8 +143,10 @@ class SoftBinEmbedding(nn.Module):
         # Stands where a cell has nothing to read; nothing depends on it, so it is not trained.
         self.pad = nn.Parameter(torch.randn(width), requires_grad=False)
 
-    def forward(self, values: Tensor, *, pad: Tensor | None = None) -> Tensor:
-        """(...) float -> (..., D); the pad vector where ``pad`` is True."""
+    def forward(self, values: Tensor, *, pad: Tensor | None = None, mask: bool = False) -> Tensor:
+        """(...) float -> (..., D); the pad vector where ``pad``, the mask vector if ``mask``."""
+        if mask:
+            return self.mask.expand(*values.shape, -1)
         lifted = functional.leaky_relu(self.lift(values[..., None]), 0.1)
         weights = torch.softmax(self.mix(lifted) + self.alpha * lifted, dim=-1)
         embedded: Tensor = weights @ self.table.weight.to(weights.dtype)

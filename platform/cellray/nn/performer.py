@@ -32,7 +32,7 @@ class PerformerSpec:
         bias: whether queries, keys and values have biases.
         dropout: after attention and after the feed-forward layer.
         key_max: see :func:`cellray.nn.favor.favor_attention`.
-        redraw_every: training passes between two draws of random features; 0 keeps the first.
+        redraw_every: optimizer steps between two draws of random features; 0 keeps the first.
     """
 
     width: int
@@ -86,11 +86,16 @@ class Performer(nn.Module):
         self.schedule = RedrawSchedule(spec.redraw_every)
         self.redraw()
 
-    def forward(self, hidden_BTD: Tensor, *, num_layers: int | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, D) through the first ``num_layers`` blocks, or all."""
-        if self.training and self.schedule.due():
+    def forward(self, hidden_BTD: Tensor, *, step: int = 0) -> Tensor:
+        """(B, T, D) -> (B, T, D).
+
+        Args:
+            hidden_BTD: what the blocks read.
+            step: the optimizer step, in training.
+        """
+        if self.training and self.schedule.due(step):
             self.redraw()
-        for block in self.blocks[:num_layers]:
+        for block in self.blocks:
             hidden_BTD = block(hidden_BTD)
         return hidden_BTD
 
@@ -110,35 +115,45 @@ class Performer(nn.Module):
         return block.attention.weights(block.attention_norm(hidden_BTD))
 
 
-_SAVED = ("calls", "redraws", "seed")
+_SAVED = ("seed", "base", "redraws", "calls")
 
 
 class RedrawSchedule(nn.Module):
-    """Counts training passes and says when a stack of FAVOR+ layers takes new features.
+    """Says when a stack of FAVOR+ layers takes new features: a pure function of the step.
 
-    The three numbers are part of the state dict, so that a run that goes on draws what the
-    unbroken one would have; they live on the host, so that counting never waits for a GPU.
+    The source counts forward passes; then accumulation and the number of workers would change what
+    is drawn. Here features number ``base + (calls + step) // every`` are used at a step. The
+    numbers are part of the state dict, so that a run that goes on draws what the unbroken one
+    would have; they live on the host, so that nothing waits for a GPU.
 
     Args:
-        every: training passes between two draws; 0 never draws again.
+        every: optimizer steps between two draws; 0 never draws again.
+
+    Attributes:
+        seed: of all features.
+        base: number of the features a run began with.
+        redraws: number of the features in use.
+        calls: passes since the last draw when published weights were saved.
     """
 
     def __init__(self, every: int) -> None:
         super().__init__()
         self.every = every
-        self.calls = 0
-        self.redraws = 0
+        self.base = self.redraws = self.calls = 0
         drawn = torch.randint(1 << 31, (1,))
         self.seed = 0 if drawn.is_meta else int(drawn)
 
-    def due(self) -> bool:
-        """Count a training pass; True if features are to be drawn before it."""
-        if self.every and self.calls >= self.every:
-            self.calls = 0
-            self.redraws += 1
-            return True
-        self.calls += 1
-        return False
+    def due(self, step: int) -> bool:
+        """True if other features are to be drawn before a training pass of this step."""
+        if not self.every:
+            return False
+        wanted = self.base + (self.calls + step) // self.every
+        due, self.redraws = wanted != self.redraws, wanted
+        return due
+
+    def begin_run(self) -> None:
+        """A new run starts from loaded weights: its steps count from 0, its features go on."""
+        self.base = self.redraws
 
     def layer_seed(self, layer: int) -> int:
         """The seed of one layer's features now."""

@@ -26,6 +26,7 @@ from cellray.data.collate import collate_tokens
 from cellray.data.pipeline import token_stream
 from cellray.data.tokens import make_tokenizer
 from cellray.models.base import CellModel
+from cellray.nn.performer import RedrawSchedule
 from cellray.objectives.base import Objective
 from cellray.train.checkpoint import (
     ENGINE_DIR,
@@ -118,6 +119,9 @@ def fitting_weights(
 def load_backbone(model: CellModel, weights: Mapping[str, torch.Tensor]) -> None:
     """Start ``model`` from a checkpoint's weights."""
     model.load_state_dict({**model.state_dict(), **fitting_weights(model, weights)})
+    for module in model.modules():
+        if isinstance(module, RedrawSchedule):
+            module.begin_run()
 
 
 def check_job(job: TrainJob) -> None:

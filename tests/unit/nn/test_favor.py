@@ -95,41 +95,62 @@ def features_of(model: Performer) -> list[torch.Tensor]:
     return [block.attention.features.clone() for block in model.blocks]
 
 
-def test_features_are_drawn_anew_after_the_set_number_of_training_passes():
+def test_features_are_drawn_anew_after_the_set_number_of_steps():
     torch.manual_seed(0)
     model = Performer(SPEC).train()
     first, x = features_of(model), torch.randn(1, 5, 12)
-    for _ in range(3):
-        model(x)
+    for step in (0, 0, 1, 2, 2):  # several passes of a step count once
+        model(x, step=step)
         assert torch.equal(features_of(model)[0], first[0])
     model.eval()
-    model(x)
-    assert torch.equal(features_of(model)[0], first[0])  # evaluation neither counts nor draws
-    model.train()(x)
+    model(x, step=3)
+    assert torch.equal(features_of(model)[0], first[0])  # evaluation draws nothing
+    model.train()(x, step=3)
     second = features_of(model)
     assert not torch.equal(second[0], first[0])
     assert not torch.equal(second[0], second[1])  # every layer its own
+    model(x, step=5)
+    assert torch.equal(features_of(model)[0], second[0])
 
 
-def test_a_model_that_is_saved_and_loaded_draws_what_the_unbroken_one_draws():
+@pytest.mark.parametrize("saved_at", [2, 3, 4])
+def test_a_run_that_goes_on_draws_what_the_unbroken_one_draws(saved_at):
     torch.manual_seed(0)
     unbroken = Performer(SPEC).train()
+    unbroken.schedule.calls = 1  # of published weights
     x = torch.randn(1, 5, 12)
-    for _ in range(2):
-        unbroken(x)
+    for step in range(saved_at):
+        unbroken(x, step=step)
     state = {name: value.clone() for name, value in unbroken.state_dict().items()}
     torch.manual_seed(77)
     resumed = Performer(SPEC).train()
     resumed.load_state_dict(state)
-    for _ in range(7):
-        assert torch.equal(unbroken(x), resumed(x))
-    assert int(resumed.state_dict()["schedule.redraws"]) == 2
+    for step in range(saved_at, 12):
+        assert torch.equal(unbroken(x, step=step), resumed(x, step=step))
+    assert int(resumed.state_dict()["schedule.redraws"]) == 4
+
+
+def test_a_new_run_from_weights_keeps_their_features_until_its_own_first_draw():
+    torch.manual_seed(0)
+    before = Performer(SPEC).train()
+    x = torch.randn(1, 5, 12)
+    for step in range(8):
+        before(x, step=step)
+    after = Performer(SPEC).train()
+    after.load_state_dict(before.state_dict())
+    after.schedule.begin_run()
+    kept = features_of(before)[0]
+    for step in range(3):
+        after(x, step=step)
+        assert torch.equal(features_of(after)[0], kept)
+    after(x, step=3)
+    assert not torch.equal(features_of(after)[0], kept)
 
 
 def test_without_redraws_the_first_features_stay():
     torch.manual_seed(0)
     model = Performer(PerformerSpec(**{**SPEC.__dict__, "redraw_every": 0})).train()
     first = features_of(model)
-    for _ in range(5):
-        model(torch.randn(1, 5, 12))
+    for step in range(5):
+        model(torch.randn(1, 5, 12), step=step)
     assert torch.equal(features_of(model)[0], first[0])
