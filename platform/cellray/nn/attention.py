@@ -92,16 +92,33 @@ def generative_attention(
     q = functional.pad(q_BHTK, (0, EXTRA_COLUMNS))
     q[..., width] = self_BHT
     q[..., width + 1] = self_rest_BHT
+    k_BHSK, v_BHSK, keys_BS = _known_first(k_BHTK, v_BHTK, keys_BT & ~unknown_BT)
     # One row more for the virtual key and its value.
-    k = functional.pad(k_BHTK, (0, EXTRA_COLUMNS, 0, 1))
+    k = functional.pad(k_BHSK, (0, EXTRA_COLUMNS, 0, 1))
     k[..., -1, width : width + 2] = 1.0
-    v = functional.pad(v_BHTK, (0, EXTRA_COLUMNS, 0, 1))
+    v = functional.pad(v_BHSK, (0, EXTRA_COLUMNS, 0, 1))
     v[..., -1, width] = 1.0
-    mask_B11T = functional.pad(keys_BT & ~unknown_BT, (0, 1), value=True)[:, None, None, :]
+    mask_B11S = functional.pad(keys_BS, (0, 1), value=True)[:, None, None, :]
     out = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask_B11T, dropout_p=dropout, scale=1 / math.sqrt(width)
+        q, k, v, attn_mask=mask_B11S, dropout_p=dropout, scale=1 / math.sqrt(width)
     )
     return out[..., :width] + out[..., width, None] * v_BHTK
+
+
+def _known_first(k_BHTK: Tensor, v_BHTK: Tensor, known_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of known tokens only, S of the cell that has most, and which are real.
+
+    A quarter to three quarters of a cell are unknown, and no query needs their keys. Counting
+    them would make a GPU wait for the host, so there all stay and are masked.
+    """
+    if k_BHTK.device.type != "cpu":
+        return k_BHTK, v_BHTK, known_BT
+    counts_B = known_BT.sum(1)
+    most = int(counts_B.max())
+    index_BS = torch.argsort(~known_BT, dim=1, stable=True)[:, :most]
+    at_BHSK = index_BS[:, None, :, None].expand(-1, k_BHTK.shape[1], -1, k_BHTK.shape[3])
+    keys_BS = torch.arange(most) < counts_B[:, None]
+    return k_BHTK.gather(2, at_BHSK), v_BHTK.gather(2, at_BHSK), keys_BS
 
 
 def attention_probabilities(q_BHTK: Tensor, k_BHTK: Tensor, keys_BT: Tensor) -> Tensor:
