@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import cellray
 from cellray.core import registry
 from cellray.core.batch import CellBatch, pack, unpack
 from cellray.core.blocks import TokenBlock
@@ -427,6 +430,29 @@ def test_each_capability_has_its_shape(small):
                 assert (weights * ~real[:, None, :, None] == 0).all()
                 sums = weights.sum(-1).masked_select(real[:, None, :])
                 torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+PAGES = Path(cellray.__file__).parent / "models" / "pages"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_has_a_page_whose_switches_and_files_exist(name):
+    page = (PAGES / f"{name}.md").read_text()
+    unit = family(name)
+    for preset in unit.presets:
+        assert preset in page or name == "tosica", preset
+    keys = set(unit.config.model_fields)
+    named = {
+        key for key in re.findall(r"`model\.([a-z_0-9]+)", page) if f"model.{key}(" not in page
+    }
+    assert named - {"safetensors"} <= keys, named - keys
+    titles = re.findall(r"^## (.*)$", page, re.M)
+    assert titles[0] == "What is faithful"
+    assert "Weights" in titles
+    for link in re.findall(r"\]\(([^)#]+)\)", page):
+        if not link.startswith("http"):
+            assert (PAGES / link).resolve().exists(), link
+    assert f"import-weights {name}" in page
 
 
 BLOCKED = """

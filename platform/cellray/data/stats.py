@@ -137,6 +137,7 @@ class VocabCoverage:
         count_fraction: share of all counts that fall on them, 0..1, over the cells looked at.
         cells_sampled: how many cells were looked at.
         example_ids: a few gene ids of the store, for messages.
+        genes_per_cell: (cells_sampled,) vocabulary genes that each cell looked at expresses.
     """
 
     genes_in_store: int
@@ -144,6 +145,22 @@ class VocabCoverage:
     count_fraction: float
     cells_sampled: int
     example_ids: tuple[str, ...] = ()
+    genes_per_cell: tuple[int, ...] = ()
+
+    def longer_than(self, max_genes: int, what: str) -> str:
+        """How many of the cells looked at a tokenizer cuts, and what becomes of them; "" if none.
+
+        Args:
+            max_genes: genes the tokenizer keeps of a cell.
+            what: what it does with longer cells.
+        """
+        cut = sum(genes > max_genes for genes in self.genes_per_cell)
+        if not cut:
+            return ""
+        return (
+            f"{cut:,} of {self.cells_sampled:,} cells looked at express more than {max_genes:,} "
+            f"genes, the most that tokenizer.max_tokens leaves room for: {what}"
+        )
 
 
 def coverage(
@@ -171,7 +188,9 @@ def coverage(
     cells = np.arange(store.num_cells, dtype=np.int64) if joinids is None else np.sort(joinids)
     sample = cells[_spread(len(cells), max_cells)]
     matched = total = 0.0
+    genes: list[int] = []
     for block in _blocks(store, sample, gene_map, cells_per_block):
+        genes += np.diff(block.indptr).tolist()
         matched += float(block.counts.sum(dtype=np.float64))
         total += float(block.library_sizes.sum(dtype=np.float64))
     return VocabCoverage(
@@ -180,6 +199,7 @@ def coverage(
         count_fraction=matched / total if total else 0.0,
         cells_sampled=len(sample),
         example_ids=tuple(var["feature_id"].iloc[:3]),
+        genes_per_cell=tuple(genes),
     )
 
 

@@ -14,8 +14,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from cellray.core.errors import DataError
+from cellray.core.section import build_section
 from cellray.data.stats import check_coverage, coverage
-from cellray.data.tokens import TokenSource, tokenise_content
+from cellray.data.tokens import TokenSource, tokenise_content, tokenizer_unit
 from cellray.infer.load import LoadedModel, load
 from cellray.train.prepare import Cells, encode, gene_map, select_cells
 
@@ -59,9 +60,12 @@ def token_source(model: LoadedModel, cells: Cells) -> tuple[TokenSource, list[st
         DataError: no gene in common, or covariate values the model does not know.
     """
     mapping = gene_map(cells.store, model.vocab)
-    warnings = check_coverage(
-        coverage(cells.store, model.vocab, joinids=cells.joinids), model.vocab
-    )
+    covered = coverage(cells.store, model.vocab, joinids=cells.joinids)
+    warnings = check_coverage(covered, model.vocab)
+    unit = tokenizer_unit(model.manifest.tokenizer["name"])
+    limit = unit.max_genes(build_section(unit.config, model.manifest.tokenizer))
+    if cut := covered.longer_than(limit, unit.when_longer):
+        warnings.append(cut)
     wanted = list(model.manifest.covariates)
     missing = [name for name in wanted if name not in cells.obs]
     if missing:

@@ -50,9 +50,18 @@ class ModelConfig(Section):
 
 
 class CellModel(nn.Module):
-    """Base of every family's module: ``forward(batch) -> ModelOutput``."""
+    """Base of every family's module: ``forward(batch) -> ModelOutput``.
+
+    Attributes:
+        width: numbers of a cell embedding.
+        fixed_length: tokens the model reads whatever a cell holds (a panel, pathways); 0 if it
+            reads the cell's own.
+        linear_attention: whether memory grows with the number of tokens, not its square.
+    """
 
     width: int
+    fixed_length: int = 0
+    linear_attention: bool = False
 
     def forward(self, batch: CellBatch) -> ModelOutput:
         """Run the model on a batch; predictions only at ``batch.target_mask`` where given."""
@@ -241,6 +250,8 @@ class CellClassifier(CellModel):
         self.head = head
         self.reads = reads
         self.width = backbone.width
+        self.fixed_length = backbone.fixed_length
+        self.linear_attention = backbone.linear_attention
 
     def forward(self, batch: CellBatch) -> ModelOutput:
         """Adds ``class_logits`` (B, C); the backbone sees no targets."""

@@ -95,11 +95,14 @@ class Scbert(CellModel):
         context: the gene panel.
     """
 
+    linear_attention = True
+
     def __init__(self, config: ScbertConfig, context: BuildContext) -> None:
         super().__init__()
         self.config = config
         self.width = config.width
         self.panel = Panel(context.vocab, [None])
+        self.fixed_length = self.panel.num_places
         self.bins = nn.Embedding(config.num_classes, config.width)
         self.genes = nn.Embedding(self.panel.num_places, config.width)
         self.genes.weight.requires_grad_(not config.freeze_genes)

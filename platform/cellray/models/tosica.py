@@ -100,6 +100,7 @@ class Tosica(CellModel):
         self.width = config.width
         self.panel = Panel(context.vocab, [])
         self.pathways = tuple(sets)
+        self.fixed_length = len(sets) + 1
         self.projection = PathwayProjection(
             list(sets.values()), num_genes=len(context.vocab), width=config.width
         )

@@ -4,7 +4,8 @@ The formulae, all stated with the estimate:
     memory   float32 weights, gradients and AdamW's two moments are 16 bytes a parameter; a ZeRO
              stage divides moments (1), gradients (2) and weights (3) by the workers. bf16 adds
              2 bytes for the working copy. Activations are counted as 34 T D + 5 H T^2 values a
-             layer and cell of the micro-batch (Korthikanti et al. 2022, arXiv:2205.05198).
+             layer and cell of the micro-batch (Korthikanti et al. 2022, arXiv:2205.05198); T is the
+             length of a model's own sequence where it has one, and linear attention has no T^2.
     compute  6 x (parameters that are not embedding tables) per token, plus 12 T D per token and
              layer for attention, forward and backward together.
     hours    compute divided by an assumed rate, named in the line.
@@ -99,7 +100,8 @@ def estimate_training(
         + 8 / (workers if zero_stage >= 1 else 1)
         + (2 if bf16 else 0)
     )
-    values = layers * (34 * longest * width + 5 * heads * longest**2) / 4
+    square = 0 if model.linear_attention else 5 * heads * longest**2
+    values = layers * (34 * longest * width + square) / 4
     activations = cells_micro * values * (2 if bf16 else 4)
     per_token = 6 * (total - tables) + 12 * layers * width * tokens_per_cell
     flops = per_token * tokens_per_cell * cells
@@ -123,8 +125,9 @@ def _training_lines(job: TrainJob) -> list[str]:
     plan, source = job.data.plan, job.data.source
     with torch.device("meta"):
         model = model_of(job.manifest, source.vocab)
-    longest = int(job.manifest.tokenizer.get("max_tokens", 2048))
-    mean = plan.mean_length or float(longest)
+    longest = min(int(job.manifest.tokenizer.get("max_tokens", 2048)), source.vocab.num_tokens)
+    longest = model.fixed_length or longest
+    mean = float(model.fixed_length or plan.mean_length or longest)
     result = estimate_training(
         model,
         job.manifest.model,
@@ -146,6 +149,7 @@ def _training_lines(job: TrainJob) -> list[str]:
         f"{plan.batches_per_epoch} global batches of {plan.cells_global} an epoch, remainder "
         f"{plan.remainder_cells}",
         *(f"shuffle: {line}" for line in job.data.mixing),
+        *([f"long cells: {job.data.cut}"] if job.data.cut else []),
         f"steps: {job.steps} ({job.steps / plan.batches_per_epoch:.2f} epochs), "
         f"{job.scale.workers} workers x {accumulation} micro-batches of {job.batch.cells_micro}",
         f"model: {result.num_parameters:,} parameters ({result.num_embedding:,} in tables), "

@@ -38,6 +38,13 @@ def _plain(config: Any) -> str:
     return "float32"
 
 
+def _all_tokens(config: Any) -> int:
+    return int(config.max_tokens)
+
+
+A_SAMPLE = "a keyed sample of their genes is kept, another one each epoch"
+
+
 @dataclass(frozen=True)
 class TokenizerUnit:
     """What a tokenizer's module exports as ``TOKENIZER``.
@@ -50,6 +57,8 @@ class TokenizerUnit:
         build: (config, vocab) -> tokenizer; raises DataError if the vocabulary does not serve.
         value_dtype: config -> the narrowest type that holds every value of a token exactly; token
             streams and caches carry values in it.
+        max_genes: config -> genes of a cell that are kept at most.
+        when_longer: what becomes of cells with more.
     """
 
     name: str
@@ -58,3 +67,5 @@ class TokenizerUnit:
     needs_medians: bool
     build: Callable[[Any, Vocab], Tokenizer]
     value_dtype: Callable[[Any], str] = _plain
+    max_genes: Callable[[Any], int] = _all_tokens
+    when_longer: str = A_SAMPLE

@@ -151,4 +151,5 @@ TOKENIZER = TokenizerUnit(
     needs_medians=False,
     build=_build,
     value_dtype=_value_dtype,
+    max_genes=lambda config: config.max_tokens - 1,
 )

@@ -139,4 +139,5 @@ TOKENIZER = TokenizerUnit(
     specials=("<pad>", TARGET, SOURCE),
     needs_medians=False,
     build=_build,
+    max_genes=lambda config: config.max_tokens - 2,
 )

@@ -142,4 +142,6 @@ TOKENIZER = TokenizerUnit(
     needs_medians=True,
     build=_build,
     value_dtype=lambda config: "int8",  # all 0
+    max_genes=lambda config: config.max_tokens - 2 * config.specials,
+    when_longer="their lowest-ranked genes are cut",
 )

@@ -310,6 +310,7 @@ class TrainingData:
         cache: folder of the token cache the run is to use, "" for none.
         timestamp: the moment at which the stores were looked at, ISO 8601.
         mixing: the shuffle quality of the plan, for people.
+        cut: how many cells are longer than the tokenizer keeps, for people; "" if none is.
     """
 
     source: TokenSource
@@ -321,6 +322,7 @@ class TrainingData:
     cache: str = ""
     timestamp: str = ""
     mixing: list[str] = field(default_factory=list)
+    cut: str = ""
 
 
 def validation_mask(cells: Cells, data: DataSection) -> npt.NDArray[np.bool_]:
@@ -373,7 +375,10 @@ def make_training_data(
         ConfigError: fewer training cells than a global batch.
     """
     mapping = gene_map(cells.store, vocab)
-    warnings = check_coverage(coverage(cells.store, vocab, joinids=cells.joinids), vocab)
+    covered = coverage(cells.store, vocab, joinids=cells.joinids)
+    warnings = check_coverage(covered, vocab)
+    unit = tokenizer_unit(str(to_dict(tokenizer)["name"]))
+    cut = covered.longer_than(unit.max_genes(tokenizer), unit.when_longer)
     if genes_chosen:
         warnings = []
     codes, names = encode(cells.obs, data.covariates, categories)
@@ -405,6 +410,7 @@ def make_training_data(
         cache=data.cache,
         timestamp=cells.timestamp,
         mixing=measure_mixing(plan, _labels(cells, train)).lines(),
+        cut=cut,
     )
 
 

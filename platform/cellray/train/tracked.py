@@ -64,6 +64,8 @@ def fit_tracked(
     """
     for warning in job.data.warnings:
         say(f"warning: {warning}")
+    if job.data.cut:
+        say(f"long cells: {job.data.cut}")
     fingerprints = {
         "vocabulary": job.manifest.vocab_fingerprint,
         "data": job.data.fingerprint,
