@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 from cellray.core.blocks import CellBlock
 from cellray.core.draw import Draw
 from cellray.data.vocab import Vocab
-from cellray.tokenizers import bins, rank
+from cellray.tokenizers import bins, depth, panel, rank
 
 NUM_GENES = 20_000
 
@@ -66,6 +66,33 @@ def bins_loop(block: CellBlock, vocab: Vocab, max_tokens: int) -> None:
         _ = vocab.gene_tokens[genes[keep]], value[keep]
 
 
+def scaled_rows(block: CellBlock, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """Genes of a cell, and its counts scaled to 10,000."""
+    rows = slice(block.indptr[i], block.indptr[i + 1])
+    counts = block.counts[rows]
+    return block.genes[rows], counts / counts.sum() * 10_000
+
+
+def panel_loop(block: CellBlock, vocab: Vocab) -> None:
+    """One cell after the other: scale, log2, cut, truncate, into a row of the whole panel."""
+    for i in range(len(block)):
+        genes, scaled = scaled_rows(block, i)
+        row = np.zeros(NUM_GENES + 1, dtype=np.int64)
+        row[genes] = np.minimum(np.log2(1 + scaled), 5).astype(np.int64)
+
+
+def depth_loop(block: CellBlock, vocab: Vocab) -> None:
+    """One cell after the other: scale, log, T and S behind a row of the whole panel, its values."""
+    for i in range(len(block)):
+        genes, scaled = scaled_rows(block, i)
+        row = np.zeros(NUM_GENES + 2, dtype=np.float32)
+        row[genes] = np.log1p(scaled)
+        total = block.counts[block.indptr[i] : block.indptr[i + 1]].sum()
+        row[-2:] = np.log10(total)
+        where = np.flatnonzero(row > 0)
+        _ = where, row[where]
+
+
 def rate(function: Callable[[], object], num_cells: int, repeats: int) -> float:
     """Cells per second, median over repeats."""
     seconds = []
@@ -85,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     block = make_block(args.cells, args.genes)
     ids = [f"G{i}" for i in range(NUM_GENES)]
-    specials = ("<pad>", "<mask>", "<cls>", "<eos>")
+    specials = ("<pad>", "<mask>", "<cls>", "<eos>", "<T>", "<S>")
     medians = np.random.default_rng(1).lognormal(1, 0.7, NUM_GENES).astype(np.float32)
     vocab = Vocab.from_genes(ids, ids, specials=specials).with_medians(medians)
     draw = Draw(0)
@@ -94,12 +121,16 @@ def main() -> None:
         "rank, stable loop": rank.TOKENIZER.build(rank.RankConfig(), vocab),
         "bins": bins.TOKENIZER.build(bins.BinsConfig(), vocab),
         "bins, no sampling": bins.TOKENIZER.build(bins.BinsConfig(max_tokens=20_001), vocab),
+        "panel": panel.TOKENIZER.build(panel.PanelConfig(), vocab),
+        "depth": depth.TOKENIZER.build(depth.DepthConfig(), vocab),
     }
     loops = {
         "rank": lambda: rank_loop(block, vocab, 2048),
         "rank, stable loop": lambda: rank_loop(block, vocab, 2048, "stable"),
         "bins": lambda: bins_loop(block, vocab, 1200),
         "bins, no sampling": lambda: bins_loop(block, vocab, 20_001),
+        "panel": lambda: panel_loop(block, vocab),
+        "depth": lambda: depth_loop(block, vocab),
     }
     print(f"{args.cells} cells, {len(block.genes) / args.cells:.0f} genes per cell, one core")
     for name, kernel in kernels.items():

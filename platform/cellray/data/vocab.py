@@ -41,6 +41,7 @@ class Vocab:
         specials: token id of each special, e.g. ``{"<pad>": 0, "<mask>": 1}``.
         medians: (G,) float32 corpus-wide non-zero medians of the 10,000-normalised counts, as
             Geneformer needs, or None.
+        modalities: G names of what each gene (or peak, or protein) was measured by, or None.
         gene_sets: name -> ascending positions in ``gene_ids`` of its members, in the order a model
             knows the sets, or None.
     """
@@ -51,6 +52,7 @@ class Vocab:
     specials: Mapping[str, int]
     medians: npt.NDArray[np.float32] | None = None
     gene_sets: Mapping[str, tuple[int, ...]] | None = None
+    modalities: tuple[str, ...] | None = None
 
     @classmethod
     def from_genes(
@@ -102,7 +104,7 @@ class Vocab:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over gene ids, token ids, specials, medians and gene sets."""
+        """SHA-256 over gene ids, token ids, specials, medians, gene sets and modalities."""
         digest = hashlib.sha256()
         digest.update("\n".join(self.gene_ids).encode())
         digest.update(self.gene_tokens.astype("<i4").tobytes())
@@ -111,6 +113,8 @@ class Vocab:
             digest.update(self.medians.astype("<f4").tobytes())
         if self.gene_sets is not None:
             digest.update(json.dumps(list(self.gene_sets.items())).encode())
+        if self.modalities is not None:
+            digest.update(json.dumps(self.modalities).encode())
         return digest.hexdigest()
 
     def with_medians(self, medians: npt.NDArray[np.float32]) -> Vocab:
@@ -118,6 +122,12 @@ class Vocab:
         if medians.shape != (len(self),):
             raise DataError(f"{medians.shape} medians given for {len(self)} genes")
         return replace(self, medians=medians.astype(np.float32))
+
+    def with_modalities(self, modalities: Sequence[str]) -> Vocab:
+        """The same vocabulary with what each of its G genes was measured by."""
+        if len(modalities) != len(self):
+            raise DataError(f"{len(modalities)} modalities given for {len(self)} genes")
+        return replace(self, modalities=tuple(modalities))
 
     def with_gene_sets(self, gene_sets: Mapping[str, tuple[int, ...]]) -> Vocab:
         """The same vocabulary with gene sets: name -> positions in ``gene_ids``."""
@@ -172,6 +182,7 @@ class Vocab:
             "gene_sets": (
                 None if self.gene_sets is None else {k: list(v) for k, v in self.gene_sets.items()}
             ),
+            "modalities": None if self.modalities is None else list(self.modalities),
         }
 
     @classmethod
@@ -183,7 +194,7 @@ class Vocab:
         """
         if raw.get("format") != "cellray.vocab.v1":
             raise DataError(f"not a cellray vocabulary: format is {raw.get('format')!r}")
-        medians, sets = raw["medians"], raw.get("gene_sets")
+        medians, sets, kinds = raw["medians"], raw.get("gene_sets"), raw.get("modalities")
         return cls(
             gene_ids=tuple(raw["gene_ids"]),  # type: ignore[arg-type]
             symbols=tuple(raw["symbols"]),  # type: ignore[arg-type]
@@ -193,6 +204,7 @@ class Vocab:
             gene_sets=(
                 None if sets is None else {k: tuple(v) for k, v in sets.items()}  # type: ignore[attr-defined]
             ),
+            modalities=None if kinds is None else tuple(kinds),  # type: ignore[arg-type]
         )
 
     def save(self, path: str | Path) -> None:

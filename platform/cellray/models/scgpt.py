@@ -52,6 +52,8 @@ class ScgptConfig(ModelConfig):
         activation: of the feed-forward layers.
         conditions: covariates (batch, modality, perturbation ...) whose embeddings are added to
             every token; ``data.covariates`` must name them.
+        modality_tokens: add an embedding of what a token's gene was measured by (RNA, ATAC,
+            protein); the vocabulary must say it.
         batch_key: covariate that names the technical batch, for the three switches below.
         batch_labels: let the decoders see the batch, beside the encoder's output.
         domain_norm: batch norm of the summed embeddings: ``none``, ``shared`` by all cells, or one
@@ -75,6 +77,7 @@ class ScgptConfig(ModelConfig):
     dropout: float = Field(default=0.2, ge=0.0, lt=1.0)
     activation: Activation = "relu"
     conditions: list[str] = []
+    modality_tokens: bool = False
     batch_key: str = ""
     batch_labels: bool = False
     domain_norm: Literal["none", "shared", "domain"] = "none"
@@ -134,6 +137,13 @@ class Scgpt(CellModel):
                 for name in config.conditions
             }
         )
+        self.modalities: ConditionEmbedding | None = None
+        if config.modality_tokens:
+            kinds = sorted(set(vocab.modalities or ()))
+            self.modalities = ConditionEmbedding(len(kinds), width=config.width)
+            self._modality_of = torch.full((vocab.num_tokens,), -1, device="cpu")
+            codes = [kinds.index(kind) for kind in vocab.modalities or ()]
+            self._modality_of[vocab.gene_tokens.tolist()] = torch.tensor(codes, device="cpu")
         batches = context.covariates[config.batch_key] if config.batch_key else 1
         self.batch_labels = (
             BatchLabels(batches, width=config.width) if config.batch_labels else None
@@ -316,12 +326,15 @@ class Scgpt(CellModel):
         embedded_BTD: Tensor = genes_BTD + second_BTD
         for name, table in self.conditions.items():
             embedded_BTD = embedded_BTD + batch.to_tokens(table(self._covariate(batch, name)))
+        if self.modalities is not None:
+            codes = self._modality_of.to(batch.token_ids.device)[batch.token_ids]
+            embedded_BTD = embedded_BTD + self.modalities(codes)
         if self.domain_norm is not None:
             rows = batch.token_rows()
-            codes = torch.zeros_like(rows)
+            domains = torch.zeros_like(rows)
             if self.config.domain_norm == "domain":
-                codes = self._codes(batch)[rows]
-            embedded_BTD = self.domain_norm(embedded_BTD, codes, batch.attention_mask)
+                domains = self._codes(batch)[rows]
+            embedded_BTD = self.domain_norm(embedded_BTD, domains, batch.attention_mask)
         return embedded_BTD
 
     def _codes(self, batch: CellBatch) -> Tensor:
@@ -352,6 +365,11 @@ def _build(config: ScgptConfig, context: BuildContext) -> Scgpt:
     wanted = {f"model.conditions = '{name}'": name for name in config.conditions}
     if config.batch_key:
         wanted[f"model.batch_key = '{config.batch_key}'"] = config.batch_key
+    if config.modality_tokens and not context.vocab.modalities:
+        raise ConfigError(
+            "model.modality_tokens = true, but the vocabulary does not say what its genes were "
+            "measured by; give one made with Vocab.with_modalities as data.vocab, or leave it out"
+        )
     allowed = sorted(context.covariates)
     for key, name in wanted.items():
         if name not in context.covariates:

@@ -116,8 +116,8 @@ class ConditionEmbedding(nn.Module):
         self.table = nn.Embedding(num_categories, width)
 
     def forward(self, codes_B: Tensor) -> Tensor:
-        """(B,) int64 -> (B, D)."""
-        known_B1 = (codes_B >= 0)[:, None]
+        """(B,) int64 -> (B, D); also (..., ) -> (..., D)."""
+        known_B1 = (codes_B >= 0)[..., None]
         embedded_BD: Tensor = self.table(codes_B.clamp(min=0)) * known_B1
         return embedded_BD
 

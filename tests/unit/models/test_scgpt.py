@@ -225,3 +225,22 @@ def test_the_classifier_has_two_normed_layers():
     kinds = [type(m).__name__ for m in model.head.layers]
     assert kinds == ["Linear", "ReLU", "LayerNorm"] * 2 + ["Linear"]
     assert model(make_batch()).predictions["class_logits"].shape == (2, 5)
+
+
+def test_modality_tokens_move_the_genes_of_their_modality_only():
+    kinds = ["ADT" if gene in (4, 9) else "RNA" for gene in range(30)]
+    vocab = make_vocab(33).with_modalities(kinds)
+    config = ScgptConfig(width=16, num_layers=1, num_heads=2, ffn_width=16, modality_tokens=True)
+    torch.manual_seed(0)
+    model = FAMILY.build(config, BuildContext(vocab)).eval()
+    batch = make_batch()
+    before = model._embed(batch, model.genes(batch.token_ids))
+    with torch.no_grad():
+        model.modalities.table.weight[0] += 1.0  # ADT, first by name
+    moved = (model._embed(batch, model.genes(batch.token_ids)) != before).any(-1)
+    assert torch.equal(moved, (batch.token_ids == 4) | (batch.token_ids == 9))
+    assert Vocab.from_dict(vocab.to_dict()).modalities == tuple(kinds)
+    with pytest.raises(ConfigError, match="does not say what its genes were measured by"):
+        FAMILY.build(config, BuildContext(make_vocab(33)))
+    with pytest.raises(DataError, match="2 modalities given for 30 genes"):
+        vocab.with_modalities(["RNA", "ADT"])
