@@ -110,7 +110,14 @@ def test_the_torch_engine_on_two_ranks_equals_one(name, reference):
     check(results, reference[name])
 
 
-@pytest.mark.parametrize("name", ["scbert", "scfoundation", "geneformer"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scfoundation",
+        pytest.param("scbert", marks=pytest.mark.slow),
+        pytest.param("geneformer", marks=pytest.mark.slow),
+    ],
+)
 def test_zero_3_equals_plain_adamw_for_models_with_buffers_and_frozen_parts(name, reference):
     results = run_distributed(losses_of, world=2, args=(name, "deepspeed", 3, 2))
     check(results, reference[name])

@@ -161,13 +161,14 @@ class Scbert(CellModel):
         """Expected bin of every gene of the vocabulary, (B, G) float32."""
         logits_BGC = self.bin_logits(batch)[:, : self.panel.num_genes, :-1].float()
         bins_C = torch.arange(logits_BGC.shape[-1], device=logits_BGC.device).float()
-        return torch.softmax(logits_BGC, dim=-1) @ bins_C
+        return (torch.softmax(logits_BGC, dim=-1) * bins_C).sum(-1)
 
     def attention(self, batch: CellBatch, layer: int = -1) -> Tensor:
         """Attention of one layer among all places, (B, H, S, S) float32; S^2 numbers a head."""
         embedded_BSD = self._embed(batch, self.panel.places(batch))
         queries, keys = self.encoder.weights(embedded_BSD, layer=layer)
-        return queries @ keys.transpose(-1, -2)
+        with torch.autocast(queries.device.type, enabled=False):
+            return queries @ keys.transpose(-1, -2)
 
     def attention_sums(self, batch: CellBatch) -> Tensor:
         """How much attention each gene receives: sum over all places, mean over heads and layers.

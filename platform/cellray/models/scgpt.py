@@ -245,7 +245,8 @@ class Scgpt(CellModel):
         for start in range(0, len(tokens_G), _GENES_PER_CHUNK):
             genes_D = self.genes(tokens_G[start : start + _GENES_PER_CHUNK])
             queries = decoder.queries(genes_D)
-            parts.append(cell_BD @ queries.float().T)
+            with torch.autocast(cell_BD.device.type, enabled=False):
+                parts.append(cell_BD @ queries.float().T)
         return torch.cat(parts, dim=1)
 
     def generate(

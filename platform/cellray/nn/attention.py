@@ -123,7 +123,8 @@ def _known_first(k_BHTK: Tensor, v_BHTK: Tensor, known_BT: Tensor) -> tuple[Tens
 
 def attention_probabilities(q_BHTK: Tensor, k_BHTK: Tensor, keys_BT: Tensor) -> Tensor:
     """What :func:`padded_attention` weighs by, (B, H, T, T) float32; 0 at padding both ways."""
-    logits = q_BHTK.float() @ k_BHTK.float().transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
+    with torch.autocast(q_BHTK.device.type, enabled=False):
+        logits = q_BHTK.float() @ k_BHTK.float().transpose(-1, -2) / math.sqrt(q_BHTK.shape[-1])
     logits = logits.masked_fill(~keys_BT[:, None, None, :], -math.inf)
     return torch.softmax(logits, dim=-1) * keys_BT[:, None, :, None]
 

@@ -92,33 +92,59 @@ def _slices(x_BHTK: Tensor, count: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def _largest(k_BHTK: Tensor, features_MK: Tensor, convention: KeyMax) -> tuple[Tensor, Tensor]:
-    """M of the keys and where it is.
+class _Largest:
+    """The keys' maximum while slices of tokens go by, and where it is.
 
-    Returns:
-        (B, 1, 1, 1) maxima and (B, 4) their (cell, head, token, feature); for ``tensor`` of one
-        element, (1, 1, 1, 1) and (1, 4).
+    Attributes:
+        value: (B, 1, 1, 1), or (1, 1, 1, 1) for the ``tensor`` convention.
+        places: (B, 4) or (1, 4): (cell, head, token, feature) of each maximum.
     """
-    scaled = (features_MK * k_BHTK.shape[-1] ** -0.25).T
-    num_cells = len(k_BHTK)
-    best_B: Tensor | None = None
-    places_B4 = torch.zeros(num_cells, 4, dtype=torch.int64, device=k_BHTK.device)
-    cells_B = torch.arange(num_cells, device=k_BHTK.device)
-    for s in _slices(k_BHTK, len(features_MK)):
-        dots = k_BHTK[:, :, s] @ scaled
-        here_B, flat_B = dots.flatten(1).max(1)
-        count = dots.shape[2] * dots.shape[3]
-        head_B, rest_B = flat_B // count, flat_B % count
-        token_B, feature_B = rest_B // dots.shape[3], rest_B % dots.shape[3]
-        found_B4 = torch.stack([cells_B, head_B, token_B + s.start, feature_B], dim=1)
-        better_B = torch.ones_like(cells_B, dtype=torch.bool) if best_B is None else here_B > best_B
-        best_B = here_B if best_B is None else torch.maximum(best_B, here_B)
-        places_B4 = torch.where(better_B[:, None], found_B4, places_B4)
-    assert best_B is not None, "a cell has at least one token"
-    if convention == "tensor":
-        cell = best_B.argmax()
-        return best_B[cell].reshape(1, 1, 1, 1), places_B4[cell][None]
-    return best_B.reshape(-1, 1, 1, 1), places_B4
+
+    def __init__(self, k_BHTK: Tensor, convention: KeyMax) -> None:
+        self._together = convention == "tensor"
+        num = 1 if self._together else len(k_BHTK)
+        self.value = k_BHTK.new_full((num, 1, 1, 1), -math.inf)
+        self.places = torch.zeros(num, 4, dtype=torch.int64, device=k_BHTK.device)
+
+    def see(self, dots_BHtM: Tensor, first: int) -> Tensor:
+        """Take a slice into account; gives what sums up to now must be multiplied with."""
+        before = self.value
+        rows = dots_BHtM.reshape(1, -1) if self._together else dots_BHtM.flatten(1)
+        here = rows.amax(1)
+        better = here > before.reshape(-1)
+        if bool(better.any()):
+            flat = rows.argmax(1)
+            _, heads, tokens, count = dots_BHtM.shape
+            feature, flat = flat % count, flat // count
+            token, flat = flat % tokens + first, flat // tokens
+            head, cell = flat % heads, flat // heads
+            if not self._together:
+                cell = torch.arange(len(rows), device=rows.device)
+            found = torch.stack([cell, head, token, feature], dim=1)
+            self.places = torch.where(better[:, None], found, self.places)
+            self.value = torch.where(better, here, before.reshape(-1)).reshape(-1, 1, 1, 1)
+        return (before - self.value).exp()
+
+
+def _key_sums(
+    k: Tensor, v: Tensor, features: Tensor, convention: KeyMax
+) -> tuple[Tensor, Tensor, _Largest]:
+    """``sum_j phi(k_j) v_j`` (B, H, M, K) and ``sum_j phi(k_j)`` (B, H, M), in one pass.
+
+    The maximum is known at the end only: sums made so far are rescaled when it grows.
+    """
+    count, (batch, heads, length, width) = len(features), v.shape
+    largest = _Largest(k, convention)
+    context, totals = v.new_zeros(batch, heads, count, width), v.new_zeros(batch, heads, count)
+    for s in _slices(k, count):
+        dots, half = _exponents(k[:, :, s], features)
+        factor = largest.see(dots, s.start)
+        phi = dots.sub_(half + largest.value).exp_()
+        context = context * factor + phi.transpose(-1, -2) @ v[:, :, s]
+        totals = totals * factor[..., 0] + phi.sum(-2)
+    context += _FLOOR * v.sum(-2, keepdim=True)
+    totals += _FLOOR * length
+    return context, totals, largest
 
 
 class _Favor(torch.autograd.Function):
@@ -128,19 +154,13 @@ class _Favor(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, features: Tensor, convention: KeyMax
     ) -> Tensor:
-        key_max, places = _largest(k, features, convention)
-        count, (batch, heads, _, width) = len(features), v.shape
-        context = v.new_zeros(batch, heads, count, width)
-        totals = v.new_zeros(batch, heads, count)
-        for s in _slices(k, count):
-            phi = _key_exponentials(k[:, :, s], features, key_max).add_(_FLOOR)
-            context += phi.transpose(-1, -2) @ v[:, :, s]
-            totals += phi.sum(-2)
+        context, totals, largest = _key_sums(k, v, features, convention)
         out = torch.empty_like(v)
-        for s in _slices(q, count):
+        for s in _slices(q, len(features)):
             phi = _query_exponentials(q[:, :, s], features).add_(_FLOOR)
             out[:, :, s] = (phi @ context) / (phi @ totals[..., None])
-        ctx.save_for_backward(q, k, v, features, key_max, places, context, totals, out)
+        saved = (largest.value, largest.places, context, totals, out)
+        ctx.save_for_backward(q, k, v, features, *saved)
         return out
 
     @staticmethod
@@ -210,10 +230,13 @@ def favor_weights(
         Queries (B, H, T, M), already divided by their sums, and keys (B, H, T, M), float32: the
         product of the one with the other's transpose is the (T, T) attention, whose rows sum to 1.
     """
-    q, k, features = q_BHTK.float(), k_BHTK.float(), features_MK.float()
-    keys = _key_exponentials(k, features, _largest(k, features, key_max)[0]) + _FLOOR
-    queries = _query_exponentials(q, features) + _FLOOR
-    return queries / (queries @ keys.sum(-2)[..., None]), keys
+    with torch.autocast(q_BHTK.device.type, enabled=False):
+        q, k, features = q_BHTK.float(), k_BHTK.float(), features_MK.float()
+        largest = _Largest(k, key_max)
+        largest.see(_exponents(k, features)[0], 0)
+        keys = _key_exponentials(k, features, largest.value) + _FLOOR
+        queries = _query_exponentials(q, features) + _FLOOR
+        return queries / (queries @ keys.sum(-2)[..., None]), keys
 
 
 class FavorAttention(nn.Module):

@@ -208,6 +208,8 @@ class GeneAxisClassifier(nn.Module):
 class NormedClassifier(nn.Module):
     """Batch norm without weights, a hidden layer of 256, Linear: scFoundation's classifier.
 
+    A training batch of one cell is normalised by the running statistics.
+
     Args:
         width: D.
         num_classes: C.
@@ -220,7 +222,12 @@ class NormedClassifier(nn.Module):
 
     def forward(self, cell_BD: Tensor) -> Tensor:
         """(B, D) -> (B, C) logits."""
-        logits_BC: Tensor = self.layers(self.norm(cell_BD))
+        if self.training and len(cell_BD) == 1:  # one cell has no variance
+            mean, variance = self.norm.running_mean, self.norm.running_var
+            normed_BD = functional.batch_norm(cell_BD, mean, variance, eps=self.norm.eps)
+        else:
+            normed_BD = self.norm(cell_BD)
+        logits_BC: Tensor = self.layers(normed_BD)
         return logits_BC
 
 

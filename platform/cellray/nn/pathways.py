@@ -124,7 +124,8 @@ class PathwayBlock(nn.Module):
     def weights(self, hidden_BTW: Tensor) -> Tensor:
         """Attention weights without dropout, (B, H, T, T) float32."""
         q, k, _ = self._heads(hidden_BTW)
-        logits = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
+        with torch.autocast(q.device.type, enabled=False):
+            logits = q.float() @ k.float().transpose(-1, -2) / math.sqrt(q.shape[-1])
         return torch.softmax(logits, dim=-1)
 
     def _heads(self, hidden_BTW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,6 +159,7 @@ def attention_rollout(weights: Sequence[Tensor]) -> Tensor:
         eye_TT = torch.eye(mean_BTT.shape[-1], device=mean_BTT.device, dtype=mean_BTT.dtype)
         step_BTT = mean_BTT + eye_TT
         step_BTT = step_BTT / step_BTT.sum(-1, keepdim=True)
-        joint = step_BTT if joint is None else step_BTT @ joint
+        with torch.autocast(step_BTT.device.type, enabled=False):
+            joint = step_BTT if joint is None else step_BTT @ joint
     assert joint is not None, "at least one layer"
     return joint

@@ -49,6 +49,10 @@ class Objective(Protocol):
         ...
 
 
+def _anything(config: Any, tokenizer: Mapping[str, Any]) -> None:
+    """Every tokenizer serves."""
+
+
 @dataclass(frozen=True)
 class ObjectiveUnit:
     """What an objective's module exports as ``OBJECTIVE``.
@@ -57,8 +61,10 @@ class ObjectiveUnit:
         name: equals the module's name.
         config: its configuration class.
         build: (config, vocab) -> objective.
+        check: (config, tokenizer's configuration) refuses tokens that it cannot work with.
     """
 
     name: str
     config: type[ObjectiveConfig]
     build: Callable[[Any, Vocab], Objective]
+    check: Callable[[Any, Mapping[str, Any]], None] = _anything

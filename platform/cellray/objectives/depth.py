@@ -18,6 +18,7 @@ Legend: B cells, T tokens, G genes, Z gene tokens of a batch, M chosen genes of 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from pydantic import Field, model_validator
 
 from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.draw import Draw
+from cellray.core.errors import ConfigError
 from cellray.core.packing import Packing
 from cellray.data.vocab import Vocab
 from cellray.objectives._keyed import is_gene_table, missing_prediction
@@ -119,12 +121,13 @@ class Depth:
         """
         cells = _Cells.of(batch, self.is_gene)
         inputs, totals, thinned = self.lower_depth(cells, draw)
+        whole = self.is_whole(cells, totals)
         depths = {"<T>": totals, "<S>": thinned}
         values = inputs.copy()
         for name, sums in depths.items():
             here = cells.tokens == self.vocab.special(name)
             values[here] = np.log10(np.maximum(sums, 1.0))[cells.rows[here]]
-        extra_rows, extra_tokens, chosen = self._choose(cells, inputs, draw)
+        extra_rows, extra_tokens, chosen = self._choose(cells, inputs, draw, whole)
         rows = np.concatenate([cells.rows, extra_rows])
         tokens = np.concatenate([cells.tokens, extra_tokens])
         selected = np.concatenate([chosen, np.ones(len(extra_rows), dtype=bool)])
@@ -174,6 +177,17 @@ class Depth:
         inputs[cells.genes] = np.where(lowered[rows], changed, cells.values[cells.genes])
         return inputs, totals, np.where(lowered, after, totals)
 
+    def is_whole(self, cells: _Cells, totals: F64) -> npt.NDArray[np.bool_]:
+        """(B,) True where all of a cell's counts are among its tokens.
+
+        A cell that was cut to ``tokenizer.max_tokens`` expresses genes that are no tokens; they are
+        not its zeros.
+        """
+        genes = cells.genes
+        scaled = np.expm1(cells.values[genes].astype(np.float64))
+        seen = np.bincount(cells.rows[genes], weights=scaled, minlength=len(totals))
+        return np.asarray(seen > _TARGET_SUM * (1 - 1e-4))
+
     def _shares(self, ids: I64, totals: F64, draw: Draw) -> F64:
         """(B,) share of the counts each cell keeps; 1 for cells that stay as they are."""
         from scipy.special import betaincinv
@@ -184,7 +198,11 @@ class Depth:
         return np.where(gate & (totals > config.min_counts), share, 1.0)
 
     def _choose(
-        self, cells: _Cells, inputs: npt.NDArray[np.float32], draw: Draw
+        self,
+        cells: _Cells,
+        inputs: npt.NDArray[np.float32],
+        draw: Draw,
+        whole: npt.NDArray[np.bool_],
     ) -> tuple[I64, I64, npt.NDArray[np.bool_]]:
         """Rows and tokens of chosen zeros that have no token yet, and which tokens are chosen."""
         config, genes = self.config, self.vocab.gene_tokens.astype(np.int64)
@@ -198,7 +216,8 @@ class Depth:
         chosen[cells.genes] = draws_BG[rows, columns] < rate
         free = draws_BG < config.zero_fraction
         free[rows, columns] = False
-        free[np.bincount(rows, minlength=len(cells.cells)) == 0] = False  # nothing to learn from
+        empty = np.bincount(rows, minlength=len(cells.cells)) == 0  # nothing to learn from
+        free[empty | ~whole] = False
         extra_rows, extra_columns = np.nonzero(free)
         return extra_rows, genes[extra_columns], chosen
 
@@ -254,4 +273,13 @@ def _build(config: DepthObjectiveConfig, vocab: Vocab) -> Depth:
     return Depth(config=config, vocab=vocab, is_gene=is_gene_table(vocab))
 
 
-OBJECTIVE = ObjectiveUnit(name="depth", config=DepthObjectiveConfig, build=_build)
+def _check(config: DepthObjectiveConfig, tokenizer: Mapping[str, Any]) -> None:
+    """Raises ConfigError for tokens of bulk samples, which do not tell their counts."""
+    if tokenizer.get("bulk"):
+        raise ConfigError(
+            "tokenizer.bulk = true is for embedding bulk samples: their S is no total count, which "
+            "objective 'depth' needs to lower the read depth; set it to false to train"
+        )
+
+
+OBJECTIVE = ObjectiveUnit(name="depth", config=DepthObjectiveConfig, build=_build, check=_check)

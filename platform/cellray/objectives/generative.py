@@ -145,8 +145,8 @@ class Generative:
         """Weighted sum over the unknown genes; its parts are unweighted.
 
         Parts: squared errors ``gep``, ``gepc``, ``cell_prompt``; negative log likelihoods
-        ``expressed``, ``expressed_from_cell``; ``ecs`` and ``dar``, means over pairs of cells and
-        over cells, times the number of targets.
+        ``expressed``, ``expressed_from_cell``; ``dar``, a cell's cross-entropy as often as it has
+        targets; ``ecs``, the mean over pairs of cells of the micro-batch, times its targets.
 
         Raises:
             DataError: the model lacks one of the predictions.
@@ -175,8 +175,9 @@ class Generative:
             weights["ecs"] = config.ecs_weight
         if config.dar_weight:
             logits_BC, codes_B = self._of(given, "batch_logits"), self._of(given, "batch_codes")
-            told = functional.cross_entropy(logits_BC.float(), codes_B)
-            parts["dar"] = told * len(targets_M)
+            told_B = functional.cross_entropy(logits_BC.float(), codes_B, reduction="none")
+            rows_M = batch.token_rows()[batch.target_mask]
+            parts["dar"] = (told_B * torch.bincount(rows_M, minlength=len(batch))).sum()
             weights["dar"] = config.dar_weight
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return Loss(total, len(targets_M), {name: part.detach() for name, part in parts.items()})

@@ -51,6 +51,7 @@ def _checkpoint(path: Path) -> list[str]:
     manifest: Manifest
     manifest, vocab, weights = read_checkpoint(path)
     parameters = sum(w.numel() for w in weights.values())
+    origin = manifest.run.get("imported_from", "")
     lines = [
         f"checkpoint {path}",
         f"  family: {manifest.family}, {parameters:,} values in {len(weights)} tensors",
@@ -58,6 +59,7 @@ def _checkpoint(path: Path) -> list[str]:
         f"  tokenizer: {json.dumps(dict(manifest.tokenizer))}",
         f"  vocabulary: {len(vocab):,} genes ({', '.join(vocab.gene_ids[:3])}, ...), "
         f"specials {sorted(vocab.specials)}",
+        *([f"  imported from: {origin}"] if origin else []),
         f"  trained: {manifest.step} steps by {manifest.workers} workers, cursor "
         f"{json.dumps(dict(manifest.cursor))}",
         f"  data: {manifest.data_fingerprint[:16]}",

@@ -42,7 +42,7 @@ def _all_tokens(config: Any) -> int:
     return int(config.max_tokens)
 
 
-A_SAMPLE = "a keyed sample of their genes is kept, another one each epoch"
+A_SAMPLE = "a keyed sample of their genes is kept"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from cellray.core.blocks import CellBlock, TokenBlock
 from cellray.core.draw import Draw
 from cellray.data.vocab import Vocab
-from cellray.tokenizers._values import Library, keep_sample, lay_tokens, normalised, totals
+from cellray.tokenizers._values import keep_sample, lay_tokens, normalised, totals
 from cellray.tokenizers.base import TokenizerConfig, TokenizerUnit
 
 __all__ = [
@@ -46,19 +46,17 @@ class DepthConfig(TokenizerConfig):
         target_depth: what T is, written as the source writes it: ``t4`` is T = 4 (10,000 counts),
             ``f5`` is T = log10(5 x total), ``a1`` is T = S + 1 (ten times the total).
         bulk: bulk samples: T and S are both the log10 of the sum of the log-normalised values.
-        library: what a cell is scaled by: its counts on the panel, or on all genes of the store.
     """
 
     name: str = "depth"
     max_tokens: int = Field(default=15_000, ge=3)
     target_depth: str = "f1"
     bulk: bool = False
-    library: Library = "panel"
 
     @field_validator("target_depth")
     @classmethod
     def _readable(cls, text: str) -> str:
-        if not _DEPTH.match(text) or text == "f0":
+        if not _DEPTH.match(text) or (text[0] in "tf" and float(text[1:]) == 0):
             raise ValueError(
                 f"target_depth = '{text}': write t, f or a and a number, e.g. 't4' (log10 of the "
                 "wanted total), 'f5' (a multiple of the total), 'a1' (decades above it)"
@@ -88,7 +86,7 @@ class DepthTokenizer:
 
     def __call__(self, block: CellBlock, draw: Draw) -> TokenBlock:
         """Tokenise the N cells of ``block``; draws only for cells longer than ``max_tokens``."""
-        sums = totals(block, self.config.library)
+        sums = totals(block, "panel")
         values = np.log1p(normalised(block, sums))
         most = self.config.max_tokens - 2
         keep = keep_sample(block, self.vocab, draw, stream=SAMPLE_STREAM, most=most)

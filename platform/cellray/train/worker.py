@@ -132,6 +132,8 @@ def check_job(job: TrainJob) -> None:
     """
     vocab = job.data.source.vocab
     build_objective(job.manifest.objective, vocab)
+    unit = registry.find("cellray.objectives", job.manifest.objective["name"], "OBJECTIVE")
+    unit.check(build_section(unit.config, job.manifest.objective), job.manifest.tokenizer)
     make_tokenizer(job.manifest.tokenizer, vocab)
     with torch.device("meta"):
         model = model_of(job.manifest, vocab)

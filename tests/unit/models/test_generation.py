@@ -194,9 +194,11 @@ def test_the_integration_recipe_sums_all_its_losses():
     assert loss.total.item() == pytest.approx(want + 10 * parts["ecs"] + parts["dar"], rel=1e-5)
     output = net(hidden)
     told = torch.nn.functional.cross_entropy(
-        output.predictions["batch_logits"], hidden.covariates["batch"]
+        output.predictions["batch_logits"], hidden.covariates["batch"], reduction="none"
     )
-    assert parts["dar"] == pytest.approx(told.item() * hidden.num_targets, rel=1e-4)
+    assert parts["dar"] == pytest.approx(
+        (told @ hidden.target_mask.sum(1).float()).item(), rel=1e-4
+    )
     loss.total.backward()
     names = {n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()}
     assert names == {"flag.weight"}  # nothing is hidden by a flag
@@ -229,3 +231,15 @@ def test_switches_that_need_a_batch_key_say_so():
         model(adversary=True)
     with pytest.raises(ConfigError, match="model.batch_key = 'bach'.*Did you mean 'batch'"):
         model(batch_key="bach", adversary=True)
+
+
+def test_what_batches_cost_does_not_depend_on_micro_batches():
+    objective, hidden, net, whole = integration_loss({"adversary": True}, dar_weight=1.0)
+    names = ("cell_ids", "token_ids", "values", "attention_mask", "targets", "target_mask")
+    total = 0.0
+    for row in range(3):
+        parts = {name: getattr(hidden, name)[row : row + 1] for name in names}
+        codes = {"batch": hidden.covariates["batch"][row : row + 1]}
+        one = replace(hidden, **parts, covariates=codes)
+        total += objective.loss(net(one), one).total.item()
+    assert total == pytest.approx(whole.total.item(), rel=1e-6)

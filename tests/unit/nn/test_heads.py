@@ -8,7 +8,9 @@ from torch import nn
 from cellray.nn.heads import (
     CellGeneDecoder,
     ExpressionDecoder,
+    GeneAxisClassifier,
     MlpClassifier,
+    NormedClassifier,
     PooledClassifier,
     TiedTokenDecoder,
 )
@@ -53,3 +55,21 @@ def test_pooled_classifier_is_tanh_then_linear():
     head = PooledClassifier(6, num_classes=3, dropout=0.5).eval()
     x = torch.randn(4, 6)
     torch.testing.assert_close(head(x), head.classifier(torch.tanh(head.pooler(x))))
+
+
+def test_the_normed_classifier_trains_on_one_cell_and_keeps_its_statistics():
+    head = NormedClassifier(6, num_classes=3).train()
+    before = head.norm.running_mean.clone()
+    logits = head(torch.randn(1, 6))
+    assert torch.isfinite(logits).all()
+    assert torch.equal(head.norm.running_mean, before)
+    head(torch.randn(4, 6))
+    assert not torch.equal(head.norm.running_mean, before)
+
+
+def test_the_gene_axis_classifier_is_a_convolution_over_places():
+    head = GeneAxisClassifier(5, num_classes=3, dropout=0.0, num_places=7)
+    panel = torch.randn(2, 7, 5)
+    kernel = head.squeeze.weight.view(1, 1, 1, 5)
+    numbers = torch.nn.functional.conv2d(panel[:, None], kernel, head.squeeze.bias).relu()
+    torch.testing.assert_close(head(panel), head.layers(numbers.flatten(1)))

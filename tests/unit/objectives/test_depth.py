@@ -179,3 +179,18 @@ def test_what_it_needs_is_said():
     plain = Vocab.from_genes(["A"], ["A"], specials=("<pad>",))
     with pytest.raises(DataError, match="no special token '<T>'"):
         OBJECTIVE.build(OBJECTIVE.config(), plain)
+
+
+def test_genes_that_the_tokenizer_cut_are_no_zeros():
+    block = random_block(40, num_genes=GENES, genes_per_cell=50, seed=3)
+    tokens = make_tokenizer({"name": "depth", "max_tokens": 22}, vocab())(block, Draw(0))
+    batch = collate_tokens(tokens, pad=0)
+    got = objective(zero_fraction=1.0, thin_probability=0.0).corrupt(batch, Draw(SEED))
+    assert np.diff(tokens.indptr).tolist() == [22] * 40
+    assert got.token_ids.shape == batch.token_ids.shape  # no zero joined
+    assert (got.targets[got.target_mask] > 0).all()
+
+
+def test_tokens_of_bulk_samples_are_refused():
+    with pytest.raises(ConfigError, match="tokenizer.bulk = true is for embedding"):
+        OBJECTIVE.check(OBJECTIVE.config(), {"name": "depth", "bulk": True})

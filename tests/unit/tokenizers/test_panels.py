@@ -97,7 +97,7 @@ def test_bulk_samples_take_the_sum_of_their_log_values():
 
 
 def test_bad_target_depths_are_refused():
-    for text in ("5", "x4", "f0", "t-1"):
+    for text in ("5", "x4", "f0", "f0.0", "t0", "t-1"):
         with pytest.raises(ConfigError, match=f"target_depth = '{text}': write t, f or a"):
             build_section(tokenizer_unit("depth").config, {"target_depth": text})
 
