@@ -8,11 +8,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import anndata as ad
+import numpy as np
+import pandas as pd
 import pytest
 
 from cellray.cli import main
+from cellray.core.registry import names
 from cellray.core.section import read_toml
 from cellray.runs import JOBS, load_run
+from helpers_upstream import (
+    SB,
+    SF,
+    TO,
+    geneformer_folder,
+    scbert_file,
+    scbert_weights,
+    scfoundation_file,
+    scfoundation_weights,
+    scgpt_folder,
+    scgpt_weights,
+    tosica_folder,
+    tosica_weights,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,8 +52,29 @@ def test_the_readme_names_every_command():
         "show",
         "copy",
         "relayout",
+        "import-weights",
         "doctor",
     }
+
+
+def test_the_import_commands_of_the_readme_work_on_files_of_those_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lists = {"panglao_10000.h5ad": SB["genes"], "reference.h5ad": TO["genes"]}
+    for name, count in lists.items():
+        genes = pd.DataFrame(index=[f"GENE{i}" for i in range(count)])
+        ad.AnnData(np.ones((1, count), dtype=np.float32), var=genes).write_h5ad(name)
+    rows = [f"GENE{i}\t{i}" for i in range(SF["genes"])]
+    Path("OS_scRNA_gene_index.19264.tsv").write_text("\n".join(["gene_name\tindex", *rows]))
+    scgpt_folder(Path("scGPT_human"), scgpt_weights())
+    geneformer_folder(Path("Geneformer-V2-104M"), second=True)
+    scbert_file(Path("panglao_pretrain.pth"), scbert_weights())
+    scfoundation_file(Path("models.ckpt"), scfoundation_weights())
+    tosica_folder(Path("my_tosica_project"), tosica_weights())
+    words = {tuple(w) for w in CELLRAY if w[0] == "import-weights"}
+    assert {w[1] for w in words} == set(names("cellray.models"))
+    for command in sorted(words):
+        assert main(list(command)) == 0
+        assert (tmp_path / command[3] / "manifest.json").is_file()
 
 
 @pytest.mark.parametrize("words", [w for w in CELLRAY if w[0] in JOBS], ids=" ".join)

@@ -164,13 +164,12 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -
     return model
 
 
-def _labels(raw: Mapping[str, Any], options: Options) -> Sequence[str]:
-    if options.labels:
-        return options.labels
+def _labels(raw: Mapping[str, Any], options: Options, count: int) -> Sequence[str]:
+    """Names that were given, or those of config.json where they are of this many classes."""
     table = raw.get("id2label")
-    if isinstance(table, dict):
-        return [str(table[key]) for key in sorted(table, key=int)]
-    return ()
+    if options.labels or not isinstance(table, dict) or len(table) != count:
+        return options.labels
+    return [str(table[key]) for key in sorted(table, key=int)]
 
 
 def _read(path: Path, options: Options) -> Imported:
@@ -194,8 +193,8 @@ def _read(path: Path, options: Options) -> Imported:
     classes: tuple[str, ...] = ()
     classes_of = "cell"
     if "classifier.weight" in weights:
-        names = _labels(raw, options)
-        classes = class_names(names, int(weights["classifier.weight"].shape[0]), where)
+        count = int(weights["classifier.weight"].shape[0])
+        classes = class_names(_labels(raw, options, count), count, where)
         classes_of = "cell" if "bert.pooler.dense.weight" in weights else "gene"
     # A sequence classifier reads the first token, with or without <cls>.
     first = second or (bool(classes) and classes_of == "cell")

@@ -96,19 +96,20 @@ def _entry(
     return dict(raw[chosen].get("config") or {}), dict(raw[chosen]["state_dict"])
 
 
-def _heads(config: Mapping[str, Any], where: str) -> tuple[int, float]:
+def _heads(config: Mapping[str, Any], given: int, where: str) -> tuple[int, float]:
     """Heads of the encoder, which the weights do not tell, and alpha of the value embedding."""
     name = str(config.get("model") or "mae_autobin")
     inner = config.get("model_config", {})
     sizes = inner.get(name, inner) if isinstance(inner, Mapping) else {}
     merged = {**config, **(sizes if isinstance(sizes, Mapping) else {})}
     encoder = merged.get("encoder", {})
-    if not isinstance(encoder, Mapping) or "heads" not in encoder:
+    told = given or (encoder.get("heads") if isinstance(encoder, Mapping) else None)
+    if not told:
         raise CheckpointError(
             f"{where}: its configuration does not say how many heads the encoder has "
-            "(model_config.mae_autobin.encoder.heads); give the whole models.ckpt"
+            "(model_config.mae_autobin.encoder.heads); give the whole models.ckpt, or --heads 12"
         )
-    return int(encoder["heads"]), float(merged.get("bin_alpha", 1.0))
+    return int(told), float(merged.get("bin_alpha", 1.0))
 
 
 def _prefixed(weights: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -137,7 +138,7 @@ def _read(path: Path, options: Options) -> Imported:
             f"'{genes.source}' lists {len(genes.names)} genes, the weights of {where} are of "
             f"{len(table) - 3}: it is another gene list"
         )
-    model = _sizes(weights, config, where)
+    model = _sizes(weights, _heads(config, options.heads, where), where)
     count = len(genes.names)
     vocab = Vocab(
         gene_ids=genes.names,
@@ -159,7 +160,7 @@ def _read(path: Path, options: Options) -> Imported:
     )
 
 
-def _sizes(weights: Mapping[str, Tensor], config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _sizes(weights: Mapping[str, Tensor], told: tuple[int, float], where: str) -> dict[str, Any]:
     names = {
         "table": "token_emb.emb.weight",
         "inner": "encoder.transformer_encoder.0.linear1.weight",
@@ -172,7 +173,7 @@ def _sizes(weights: Mapping[str, Tensor], config: Mapping[str, Any], where: str)
     if lacking:
         raise CheckpointError(f"{where} does not fit: tensors are missing: {', '.join(lacking)}")
     found = {key: tuple(weights[name].shape) for key, name in names.items()}
-    heads, alpha = _heads(config, where)
+    heads, alpha = told
 
     def layers(pattern: str) -> int:
         return len({int(m[1]) for name in weights if (m := re.match(pattern, name))})
