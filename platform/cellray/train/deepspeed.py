@@ -185,8 +185,16 @@ class DeepSpeedEngine:
             self.module.named_parameters(remove_duplicate=False)
         )
         for name, value in self.module.state_dict().items():
-            full = safe_get_full_fp32_param(parameters[name]) if name in parameters else None
-            whole = full if full is not None else value
+            whole = _whole(parameters[name]) if name in parameters else value
             dtype = torch.float32 if whole.is_floating_point() else None
             result[name] = whole.detach().to("cpu", dtype).clone()
         return result
+
+
+def _whole(parameter: nn.Parameter) -> torch.Tensor:
+    """A parameter's full values; collective at stage 3, where also frozen ones are sharded."""
+    full: torch.Tensor | None = safe_get_full_fp32_param(parameter)
+    if full is None and hasattr(parameter, "ds_id"):
+        with deepspeed.zero.GatheredParameters([parameter]):
+            full = parameter.detach().clone()
+    return parameter if full is None else full
