@@ -147,13 +147,19 @@ class VocabCoverage:
     example_ids: tuple[str, ...] = ()
     genes_per_cell: tuple[int, ...] = ()
 
-    def longer_than(self, max_genes: int, what: str) -> str:
+    def longer_than(self, max_genes: int, what: str, *, every: int = 0) -> str:
         """How many of the cells looked at a tokenizer cuts, and what becomes of them; "" if none.
 
         Args:
             max_genes: genes the tokenizer keeps of a cell.
             what: what it does with longer cells.
+            every: genes that it gives each cell, zeros included; 0 for those a cell expresses.
         """
+        if every > max_genes:
+            return (
+                f"cells have {every:,} genes, zeros included, and tokenizer.max_tokens leaves room "
+                f"for {max_genes:,}: {what}"
+            )
         cut = sum(genes > max_genes for genes in self.genes_per_cell)
         if not cut:
             return ""

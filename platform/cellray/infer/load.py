@@ -231,9 +231,32 @@ class LoadedModel:
         """Tokenise the cells of an AnnData."""
         return tokenise_content(self.tokenizer, block_of(adata, self.vocab, layer=layer))
 
+    def covariates_of(self, obs: pd.DataFrame) -> dict[str, npt.NDArray[np.int64]]:
+        """Codes of the covariates the model was trained with, (N,) each, from columns of obs.
+
+        Raises:
+            DataError: a column is missing, or has a value the model was not trained with.
+        """
+        from cellray.train.prepare import encode
+
+        wanted = list(self.manifest.covariates)
+        missing = [name for name in wanted if name not in obs]
+        if missing:
+            known = ", ".join(self.manifest.covariates[missing[0]][:5])
+            raise DataError(
+                f"the model was trained with the covariates {', '.join(wanted)}, and obs has no "
+                f"column {', '.join(missing)}; add it, with values such as {known}"
+            )
+        return encode(obs, wanted, self.manifest.covariates)[0]
+
     def embed(self, adata: ad.AnnData, *, layer: str | None = None) -> F32:
-        """Zero-shot cell embeddings, (N, D)."""
-        return self.embed_tokens(self.tokens(adata, layer=layer))
+        """Zero-shot cell embeddings, (N, D); ``obs`` gives the model's covariates, if it has any.
+
+        Raises:
+            DataError: counts that are not raw, genes of another organism, or missing covariates.
+        """
+        codes = self.covariates_of(adata.obs)
+        return self.embed_tokens(self.tokens(adata, layer=layer), covariates=codes)
 
     def annotate(
         self, adata: ad.AnnData, *, layer: str | None = None, refuse_below: float | None = None
@@ -246,7 +269,8 @@ class LoadedModel:
             refuse_below: a cell whose best class has a lower probability is ``Unassigned``; None
                 takes the family's own cutoff (scBERT 0.5, TOSICA 0.1, others none).
         """
-        probabilities = self.classify_tokens(self.tokens(adata, layer=layer))
+        codes = self.covariates_of(adata.obs)
+        probabilities = self.classify_tokens(self.tokens(adata, layer=layer), covariates=codes)
         best = probabilities.argmax(axis=1)
         labels = np.asarray(self.manifest.classes, dtype=object)[best]
         cutoff = family(self.manifest.family).refuse_below if refuse_below is None else refuse_below

@@ -42,6 +42,10 @@ def _all_tokens(config: Any) -> int:
     return int(config.max_tokens)
 
 
+def _no_zeros(config: Any) -> bool:
+    return False
+
+
 A_SAMPLE = "a keyed sample of their genes is kept"
 
 
@@ -59,6 +63,7 @@ class TokenizerUnit:
             streams and caches carry values in it.
         max_genes: config -> genes of a cell that are kept at most.
         when_longer: what becomes of cells with more.
+        with_zeros: config -> whether genes without counts are tokens, too.
     """
 
     name: str
@@ -69,3 +74,4 @@ class TokenizerUnit:
     value_dtype: Callable[[Any], str] = _plain
     max_genes: Callable[[Any], int] = _all_tokens
     when_longer: str = A_SAMPLE
+    with_zeros: Callable[[Any], bool] = _no_zeros

@@ -152,4 +152,5 @@ TOKENIZER = TokenizerUnit(
     build=_build,
     value_dtype=_value_dtype,
     max_genes=lambda config: config.max_tokens - 1,
+    with_zeros=lambda config: config.include_zeros,
 )

@@ -378,7 +378,8 @@ def make_training_data(
     covered = coverage(cells.store, vocab, joinids=cells.joinids)
     warnings = check_coverage(covered, vocab)
     unit = tokenizer_unit(str(to_dict(tokenizer)["name"]))
-    cut = covered.longer_than(unit.max_genes(tokenizer), unit.when_longer)
+    every = len(vocab) if unit.with_zeros(tokenizer) else 0
+    cut = covered.longer_than(unit.max_genes(tokenizer), unit.when_longer, every=every)
     if genes_chosen:
         warnings = []
     codes, names = encode(cells.obs, data.covariates, categories)
