@@ -92,7 +92,15 @@ def check(results, expected):
         np.testing.assert_allclose(got, losses, rtol=TOLERANCE, atol=0)
         assert got_weights.keys() == weights.keys()
         for key, value in weights.items():
-            np.testing.assert_allclose(got_weights[key], value, atol=2e-4, err_msg=key)
+            got_value = got_weights[key]
+            if key.endswith("qkv.bias") and "encoder.blocks" in key:
+                # Softmax does not see a key's bias: its gradient is rounding, which Adam makes
+                # steps of.
+                queries, _, values = np.split(value, 3)
+                value = np.concatenate([queries, values])
+                queries, _, values = np.split(got_value, 3)
+                got_value = np.concatenate([queries, values])
+            np.testing.assert_allclose(got_value, value, atol=2e-4, err_msg=key)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

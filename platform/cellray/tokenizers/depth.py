@@ -56,7 +56,7 @@ class DepthConfig(TokenizerConfig):
     @field_validator("target_depth")
     @classmethod
     def _readable(cls, text: str) -> str:
-        if not _DEPTH.match(text) or (text[0] in "tf" and float(text[1:]) == 0):
+        if not _DEPTH.fullmatch(text) or (text[0] in "tf" and float(text[1:]) == 0):
             raise ValueError(
                 f"target_depth = '{text}': write t, f or a and a number, e.g. 't4' (log10 of the "
                 "wanted total), 'f5' (a multiple of the total), 'a1' (decades above it)"

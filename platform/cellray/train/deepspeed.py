@@ -26,6 +26,7 @@ from cellray.train.engine import (
     world_size,
 )
 from cellray.train.optim import build_adamw, set_learning_rate
+from cellray.train.statistics import share_statistics
 
 __all__ = ["DeepSpeedEngine", "deepspeed_config"]
 
@@ -147,6 +148,7 @@ class DeepSpeedEngine:
 
     def save(self, folder: Path) -> None:
         """See :class:`cellray.train.engine.Engine`; every rank writes its own optimizer shard."""
+        share_statistics(self.module)
         # The key lets DeepSpeed's universal format re-shard the state for other world sizes.
         client = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.4}}
         self._engine.save_checkpoint(str(folder), tag=_TAG, client_state=client)
@@ -180,6 +182,7 @@ class DeepSpeedEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See :class:`cellray.train.engine.Engine`; gathers shards parameter by parameter."""
+        share_statistics(self.module)
         result: dict[str, torch.Tensor] = {}
         parameters: Mapping[str, nn.Parameter] = dict(
             self.module.named_parameters(remove_duplicate=False)

@@ -22,6 +22,7 @@ from cellray.core.errors import CheckpointError
 from cellray.objectives.base import Loss, Objective
 from cellray.train.config import OptimSection
 from cellray.train.optim import build_adamw, set_learning_rate
+from cellray.train.statistics import share_statistics
 
 __all__ = [
     "Engine",
@@ -130,6 +131,7 @@ def evaluate_batches(
     counted: int | None = None,
 ) -> StepStats:
     """The objective's mean loss over all ranks' batches, in eval mode, without gradients."""
+    share_statistics(module)
     device = next(module.parameters()).device
     was_training = module.training
     module.eval()
@@ -238,6 +240,7 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         """See :class:`Engine`; rank 0 writes, all ranks hold the same."""
+        share_statistics(self.module)
         if not dist.is_initialized() or dist.get_rank() == 0:
             state = {"module": self.module.state_dict(), "optimizer": self._optimizer.state_dict()}
             torch.save(state, folder / "torch_engine.pt")
@@ -260,6 +263,7 @@ class TorchEngine:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See :class:`Engine`."""
+        share_statistics(self.module)
         return {
             name: value.detach().to("cpu", torch.float32 if value.is_floating_point() else None)
             for name, value in self.module.state_dict().items()

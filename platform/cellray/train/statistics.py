@@ -1,0 +1,40 @@
+"""Batch norms of several ranks: one set of running statistics for the model that is kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["share_statistics"]
+
+
+def share_statistics(module: nn.Module) -> None:
+    """Give every rank the mean of all ranks' running statistics; collective.
+
+    A rank weighs as many batches as it has seen, so that one that never saw a technical batch says
+    nothing about it. In training each rank norms by its own cells, as batch norm does; what is
+    evaluated and saved is the same on all of them.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    with torch.no_grad():
+        for norm in norms:
+            mean, variance, seen = norm.running_mean, norm.running_var, norm.num_batches_tracked
+            assert mean is not None
+            assert variance is not None
+            assert seen is not None
+            weight = seen.to(torch.float64)
+            sums = torch.cat([mean.double() * weight, variance.double() * weight, weight[None]])
+            dist.all_reduce(sums)
+            total = sums[-1]
+            if total == 0:
+                continue
+            width = len(mean)
+            mean.copy_(sums[:width] / total)
+            variance.copy_(sums[width : 2 * width] / total)
+            seen.copy_((total / dist.get_world_size()).ceil().to(seen.dtype))
