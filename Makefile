@@ -36,6 +36,7 @@ slow: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/tokenizers.py
 	$(BIN)/python tests/benchmarks/padding.py
+	$(BIN)/python tests/benchmarks/families.py
 	test -d build/atlas || $(BIN)/cellray synthesize uri=build/atlas num_cells=50000
 	$(BIN)/python tests/benchmarks/data_path.py build/atlas
 
