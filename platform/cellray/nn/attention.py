@@ -201,6 +201,19 @@ def _by_groups(
     return torch.cat(parts)[packing.restore]
 
 
+class _Projection(nn.Linear):
+    """(..., D) -> queries, keys and values, each (..., D).
+
+    One product on a GPU. On a CPU three, whose results lie in memory as attention reads them.
+    """
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        if hidden.device.type != "cpu":
+            return super().forward(hidden).chunk(3, dim=-1)
+        parts = zip(self.weight.chunk(3), self.bias.chunk(3), strict=True)
+        return tuple(functional.linear(hidden, weight, bias) for weight, bias in parts)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values.
 
@@ -228,15 +241,17 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
         self.project_unknown = project_unknown
         self.kernel: Kernel = kernel
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = _Projection(width, 3 * width)
         self.out = nn.Linear(width, width)
 
     def heads(self, hidden_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (B, H, T, K)."""
-        batch, length, width = hidden_BTD.shape
-        split = self.qkv(hidden_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q, k, v = split.permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (self._split(x).transpose(1, 2) for x in self.qkv(hidden_BTD))
         return q, k, v
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., H, K)."""
+        return x.view(*x.shape[:-1], self.num_heads, -1)
 
     def forward(
         self,
@@ -252,8 +267,7 @@ class SelfAttention(nn.Module):
             mixed = attend(q, k, v, keys_BT, unknown_BT, dropout=dropout, kernel=self.kernel)
             mixed_BTD = mixed.transpose(1, 2).flatten(2)
         else:
-            split_P3HK = self.qkv(hidden_BTD).view(len(hidden_BTD), 3, self.num_heads, -1)
-            q, k, v = split_P3HK.unbind(1)
+            q, k, v = (self._split(x) for x in self.qkv(hidden_BTD))
             mixed = attend(q, k, v, packing, unknown_BT, dropout=dropout, kernel=self.kernel)
             mixed_BTD = mixed.flatten(1)
         out_BTD: Tensor = self.out(mixed_BTD)
