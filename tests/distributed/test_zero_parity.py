@@ -20,9 +20,9 @@ from cellray.models.base import BuildContext, build_model, family
 from cellray.testing import random_block, run_distributed
 from cellray.train.config import OptimSection
 from cellray.train.engine import build_engine, world_size
-from cellray.train.loop import Collator
+from cellray.train.job import build_objective
+from cellray.train.microbatch import Collator
 from cellray.train.optim import learning_rate
-from cellray.train.worker import build_objective
 
 STEPS, CELLS_GLOBAL = 6, 8
 FAMILIES = registry.names("cellray.models")
@@ -64,8 +64,6 @@ def losses_of(
         zero_stage=stage,
         optim=OPTIM,
         precision="fp32",
-        cells_micro=cells_micro,
-        accumulation=CELLS_GLOBAL // (cells_micro * world),
     )
     collator = Collator(objective, vocab.pad, cells_micro, seed=5)
     losses = []

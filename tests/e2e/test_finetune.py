@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -60,11 +59,7 @@ def test_it_learns_the_types_and_scores_the_held_out_donor(tuned):
 
 def test_the_best_checkpoint_by_validation_is_exported(tuned):
     result, _ = tuned
-    rows = [
-        json.loads(line)
-        for line in Path(result.trained.run_dir, "metrics.jsonl").read_text().splitlines()
-    ]
-    best = min((r for r in rows if r["saved"]), key=lambda r: r["validation/loss"])
+    best = min(committed(result.trained.run_dir), key=lambda r: r["validation/loss"])
     assert result.trained.step == best["step"]
 
 

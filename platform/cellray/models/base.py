@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -66,6 +68,15 @@ class CellModel(nn.Module):
     def forward(self, batch: CellBatch) -> ModelOutput:
         """Run the model on a batch; predictions only at ``batch.target_mask`` where given."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def training_flops(self, lengths_B: npt.NDArray[np.int64], num_targets: float) -> float:
+        """Floating-point operations of a training pass over cells; 0: the family does not say.
+
+        Args:
+            lengths_B: tokens of each cell, without padding.
+            num_targets: positions for which predictions are computed.
+        """
+        return 0.0
 
 
 @runtime_checkable
