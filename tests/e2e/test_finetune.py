@@ -20,6 +20,7 @@ from cellray.data.soma import open_store
 from cellray.infer.load import load
 from cellray.runs import build_run, load_run, run_job
 from cellray.train.finetune import prepare_finetune
+from cellray.train.saving import committed
 from helpers_cells import known_cells
 from helpers_runs import SCGPT, finetune_raw, finetune_run, pretrain_run
 
