@@ -90,7 +90,7 @@ def run_steps(made, collator, tokens, steps, *, limit=math.inf, spoil=()):
         seed_step(7, step, dist.get_rank() if world_size() > 1 else 0)
         batches = batches_of(collator, tokens, step)
         if step in spoil and (world_size() == 1 or dist.get_rank() == 1):
-            batches[0] = replace(batches[0], values=batches[0].values * spoil[step])
+            batches[0] = replace(batches[0], targets=batches[0].targets * spoil[step])
         stats.append(made.step(batches, lr=lr, limit=limit))
     return stats
 

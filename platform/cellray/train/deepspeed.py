@@ -240,7 +240,11 @@ def _flat_piece(zero: Any, name: str, parameter: Any) -> Piece | None:
     if mapping is None:
         return None
     ours, theirs = mapping.lp_fragment_address, mapping.hp_fragment_address
-    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    # bf16 at stage 1 has an optimizer of its own, with another name for the same thing
+    partitions = getattr(zero, "single_partition_of_fp32_groups", None)
+    if partitions is None:
+        partitions = zero.fp32_groups_flat_partition
+    flat = partitions[mapping.param_group_index]
     return Piece(name, ours.start, ours.numel, flat, theirs.start)
 
 

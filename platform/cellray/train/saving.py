@@ -188,7 +188,11 @@ def committed(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and what is wrong with newer ones that are not."""
+    """The newest checkpoint that is whole, and what is wrong with newer ones that are not.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole.
+    """
     torn = []
     for note in reversed(committed(run_dir)):
         folder = Path(run_dir) / _FOLDER / str(note["name"])
@@ -200,7 +204,12 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[str]]:
             torn.append(str(error))
             continue
         return folder, torn
-    return None, torn
+    if torn:
+        raise CheckpointError(
+            f"no checkpoint of '{run_dir}' is whole: {'; '.join(torn)}. Restore one from a copy, "
+            "or set checkpoint.resume = 'never' to move the run aside and begin anew"
+        )
+    return None, []
 
 
 def remove_uncommitted(run_dir: str | Path) -> None:
