@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cellray.core.section import Section
 
@@ -213,6 +213,17 @@ class CheckpointSection(Section):
     every_steps: int = Field(default=0, ge=0)
     keep_last: int = Field(default=2, ge=1)
     background: bool = True
+
+    @field_validator("dir")
+    @classmethod
+    def _a_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(
+                f"checkpoint.dir = '{value}' is no folder: runs live in a folder that all workers "
+                "see (a shared file system, a mounted bucket)"
+            )
+        return value
+
     resume: Literal["auto", "never"] = "auto"
 
 
