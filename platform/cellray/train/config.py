@@ -213,6 +213,7 @@ class CheckpointSection(Section):
     every_steps: int = Field(default=0, ge=0)
     keep_last: int = Field(default=2, ge=1)
     background: bool = True
+    resume: Literal["auto", "never"] = "auto"
 
     @field_validator("dir")
     @classmethod
@@ -223,8 +224,6 @@ class CheckpointSection(Section):
                 "see (a shared file system, a mounted bucket)"
             )
         return value
-
-    resume: Literal["auto", "never"] = "auto"
 
 
 class TrackingSection(Section):

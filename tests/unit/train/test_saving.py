@@ -109,6 +109,7 @@ def test_a_rank_that_cannot_write_stops_all_and_leaves_nothing(tmp_path):
     )
     with pytest.raises(StoppedError, match=r"rank 0 cannot write the checkpoint of step 2 to"):
         saver.save(lambda: state(1.0), BASE.at(2, {}, 1, {}), {}, wait=True)
+    assert not commits
 
 
 def test_the_cell_log_gives_what_the_last_group_did(tmp_path):
