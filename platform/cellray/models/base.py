@@ -19,6 +19,7 @@ from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.errors import ConfigError, did_you_mean
 from cellray.core.section import Section
 from cellray.data.vocab import Vocab
+from cellray.nn.flops import TRAINING, linear_flops
 
 __all__ = [
     "BuildContext",
@@ -69,14 +70,31 @@ class CellModel(nn.Module):
         """Run the model on a batch; predictions only at ``batch.target_mask`` where given."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-    def training_flops(self, lengths_B: npt.NDArray[np.int64], num_targets: float) -> float:
-        """Floating-point operations of a training pass over cells; 0: the family does not say.
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """Operations that a forward and a backward pass over these cells need.
+
+        Counted as :mod:`cellray.nn.flops` says, as if every weight were trained. 0 means that the
+        family does not count, and that nothing can be said about its utilisation.
 
         Args:
-            lengths_B: tokens of each cell, without padding.
-            num_targets: positions for which predictions are computed.
+            lengths_B: tokens of each cell that the model reads, see :meth:`read_lengths`.
+            num_targets: positions predicted at, of all cells; 0 where nothing is to be predicted.
+            cell_prompt: whether the batch asks for the second pass prompted by the cell embedding.
         """
         return 0.0
+
+    def read_lengths(self, batch: CellBatch) -> npt.NDArray[np.int64]:
+        """Tokens of each cell that the model reads, (B,): all that are not padding."""
+        rows = batch.token_rows()[batch.attention_mask].cpu()
+        counts_B = torch.bincount(rows, minlength=len(batch))
+        return np.asarray(counts_B.numpy(), dtype=np.int64)
+
+    def batch_flops(self, batch: CellBatch) -> float:
+        """:meth:`training_flops` of a batch that an objective has prepared."""
+        lengths_B = self.read_lengths(batch)
+        return self.training_flops(lengths_B, batch.num_targets, cell_prompt=batch.cell_prompt)
 
 
 @runtime_checkable
@@ -272,6 +290,17 @@ class CellClassifier(CellModel):
         assert seen is not None, "a family whose head reads the panel gives one"
         return replace(output, predictions={"class_logits": self.head(seen)})
 
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """The backbone's, and the head's linear layers once a cell."""
+        backbone = self.backbone.training_flops(lengths_B, 0)
+        return backbone + TRAINING * linear_flops(self.head) * len(lengths_B)
+
+    def read_lengths(self, batch: CellBatch) -> npt.NDArray[np.int64]:
+        """What the backbone reads."""
+        return self.backbone.read_lengths(batch)
+
 
 class GeneClassifier(CellModel):
     """A backbone with a classifier on every token: gene classification.
@@ -292,6 +321,17 @@ class GeneClassifier(CellModel):
         bare = replace(batch, targets=None, target_mask=None, unknown_mask=None)
         output: ModelOutput = self.backbone(bare)
         return replace(output, predictions={"gene_logits": self.head(output.hidden)})
+
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """The backbone's, and the head's linear layers at every token."""
+        backbone = self.backbone.training_flops(lengths_B, 0)
+        return backbone + TRAINING * linear_flops(self.head) * float(np.sum(lengths_B))
+
+    def read_lengths(self, batch: CellBatch) -> npt.NDArray[np.int64]:
+        """What the backbone reads."""
+        return self.backbone.read_lengths(batch)
 
 
 def build_model(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 from torch import nn
@@ -23,6 +25,7 @@ from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Pr
 from cellray.nn.attention import Kernel
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.embeddings import RankedEmbedding
+from cellray.nn.flops import TRAINING, linear_flops, training_encoder_flops
 from cellray.nn.heads import PooledClassifier, TiedTokenDecoder, TokenClassifier
 from cellray.nn.init import init_bert
 
@@ -145,6 +148,22 @@ class Geneformer(CellModel):
         return ModelOutput(
             hidden=hidden_BTD, cell=self._pool(hidden_BTD, batch), predictions=predictions
         )
+
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """The encoder; at targets the head's dense layer and ``6 d V`` for the tied table."""
+        config = self.config
+        encoder = training_encoder_flops(
+            lengths_B,
+            num_layers=config.num_layers,
+            width=config.width,
+            ffn_width=config.ffn_width,
+        )
+        if self.decoder is None:
+            return encoder
+        tied = 2.0 * config.width * self.embedding.token.num_embeddings
+        return encoder + TRAINING * num_targets * (linear_flops(self.decoder) + tied)
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """Pooled hidden state of ``config.embedding_layer``, (B, D) float32."""

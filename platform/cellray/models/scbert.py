@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 from torch import nn
@@ -23,7 +25,8 @@ from cellray.data.gene_table import read_gene_table
 from cellray.data.vocab import Vocab
 from cellray.models._panel import Panel
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
-from cellray.nn.favor import KeyMax
+from cellray.nn.favor import KeyMax, num_features
+from cellray.nn.flops import TRAINING, linear_flops, training_performer_flops
 from cellray.nn.heads import GeneAxisClassifier
 from cellray.nn.performer import Performer, PerformerBlock, PerformerSpec
 
@@ -136,6 +139,22 @@ class Scbert(CellModel):
         return ModelOutput(
             hidden=hidden_BTD, cell=cell_BD, predictions=predictions, panel=panel_BSD
         )
+
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """The Performer over the whole panel of every cell, the head of bins at targets."""
+        config = self.config
+        encoder = training_performer_flops(
+            float(len(lengths_B) * self.panel.num_places),
+            num_layers=config.num_layers,
+            width=config.width,
+            num_heads=config.num_heads,
+            head_width=config.head_width,
+            ffn_width=config.ffn_width,
+            num_features=num_features(config.head_width),
+        )
+        return encoder + TRAINING * linear_flops(self.to_bins) * num_targets
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """See ``config.cell_embedding``, (B, D) float32."""

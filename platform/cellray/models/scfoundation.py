@@ -16,6 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 from torch import nn
@@ -27,7 +29,13 @@ from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Pr
 from cellray.nn.attention import Kernel
 from cellray.nn.blocks import BlockSpec, Encoder
 from cellray.nn.embeddings import SoftBinEmbedding
-from cellray.nn.favor import KeyMax
+from cellray.nn.favor import KeyMax, num_features
+from cellray.nn.flops import (
+    TRAINING,
+    linear_flops,
+    training_encoder_flops,
+    training_performer_flops,
+)
 from cellray.nn.heads import NormedClassifier
 from cellray.nn.init import init_transformer
 from cellray.nn.performer import Performer, PerformerSpec
@@ -181,6 +189,43 @@ class Scfoundation(CellModel):
         return ModelOutput(
             hidden=hidden, cell=self._pool(encoded, len(batch)), predictions=predictions
         )
+
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """The encoder over what it reads; with targets the decoder over every cell's panel."""
+        config, tokens = self.config, float(np.sum(lengths_B))
+        encoder = training_encoder_flops(
+            lengths_B,
+            num_layers=config.num_layers,
+            width=config.width,
+            ffn_width=config.ffn_width,
+        )
+        # lifting, mixing, and the weighted mean of the table's rows
+        mixing = linear_flops(self.values) + 2.0 * config.value_bins * config.width
+        encoder += TRAINING * mixing * tokens
+        if not num_targets:
+            return encoder
+        places = float(len(lengths_B) * self.panel.num_places)
+        decoder = training_performer_flops(
+            places,
+            num_layers=config.decoder_layers,
+            width=config.decoder_width,
+            num_heads=config.decoder_heads,
+            head_width=config.decoder_head_width,
+            ffn_width=config.decoder_ffn_width,
+            num_features=num_features(config.decoder_head_width),
+        )
+        # zeros pass the bridge once for all cells
+        bridged = linear_flops(self.bridge) * (tokens + self.panel.num_places)
+        head = linear_flops(self.to_value) * num_targets
+        return encoder + decoder + TRAINING * (bridged + head)
+
+    def read_lengths(self, batch: CellBatch) -> npt.NDArray[np.int64]:
+        """Tokens with a value that is not hidden; 1 where there is none."""
+        read = self._read(batch, self.panel.places(batch))
+        counts_B = torch.bincount(batch.token_rows()[read].cpu(), minlength=len(batch))
+        return np.asarray(counts_B.clamp(min=1).numpy(), dtype=np.int64)
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """See ``config.cell_embedding``; (B, 4 D) or (B, D) float32; the decoder does not run."""

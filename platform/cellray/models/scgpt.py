@@ -15,6 +15,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 from torch import nn
@@ -27,6 +29,7 @@ from cellray.nn.attention import Kernel
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.domain import BatchAdversary, BatchLabels, DomainNorm
 from cellray.nn.embeddings import ConditionEmbedding, ContinuousValueEncoder, NormedEmbedding
+from cellray.nn.flops import TRAINING, linear_flops, training_encoder_flops
 from cellray.nn.heads import CellGeneDecoder, ExpressionDecoder, MlpClassifier
 from cellray.nn.init import init_transformer
 
@@ -220,6 +223,23 @@ class Scgpt(CellModel):
                 predictions["batch_logits"] = self.adversary(cell_BD)
                 predictions["batch_codes"] = self._codes(batch)
         return ModelOutput(hidden=hidden_BTD, cell=cell_BD, predictions=predictions)
+
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """The encoder, twice with a cell prompt; values' layers at tokens, decoders at targets."""
+        config, passes = self.config, 2 if cell_prompt and num_targets else 1
+        encoder = training_encoder_flops(
+            lengths_B,
+            num_layers=config.num_layers,
+            width=config.width,
+            ffn_width=config.ffn_width,
+        )
+        per_target = passes * linear_flops(self.expression)
+        per_target += linear_flops(self.expression_from_cell)
+        values = linear_flops(self.values) * float(np.sum(lengths_B))
+        told = linear_flops(self.adversary) * len(lengths_B) if num_targets else 0.0
+        return passes * encoder + TRAINING * (values + per_target * num_targets + told)
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """The output at ``<cls>`` with every value known, (B, D) float32."""

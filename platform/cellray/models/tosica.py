@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from pydantic import Field, model_validator
 from torch import nn
@@ -26,6 +28,7 @@ from cellray.data.gene_sets import choose_gene_sets, random_gene_sets, read_gmt
 from cellray.data.vocab import Vocab
 from cellray.models._panel import Panel
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.flops import TRAINING, linear_flops, training_encoder_flops
 from cellray.nn.pathways import PathwayBlock, PathwayProjection, attention_rollout
 
 __all__ = ["FAMILY", "Tosica", "TosicaConfig"]
@@ -129,6 +132,21 @@ class Tosica(CellModel):
         if self.pre_logits is not None:
             cell_BW = torch.tanh(self.pre_logits(cell_BW))
         return ModelOutput(hidden=cell_BW[batch.token_rows()], cell=cell_BW, panel=panel_BTW)
+
+    def training_flops(
+        self, lengths_B: npt.NDArray[np.int64], num_targets: float, *, cell_prompt: bool = False
+    ) -> float:
+        """Memberships, which take no gradient to the values, and the blocks over the pathways."""
+        config, cells = self.config, len(lengths_B)
+        pairs = sum(len(genes) for genes in self.projection.members)
+        blocks = training_encoder_flops(
+            np.full(cells, self.fixed_length, dtype=np.int64),
+            num_layers=config.num_layers,
+            width=config.width,
+            ffn_width=4 * config.width,
+        )
+        head = TRAINING * linear_flops(self.pre_logits)
+        return blocks + cells * (2.0 * 2.0 * pairs * config.width + head)
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """The output at CLS, (B, W) float32."""
