@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 
@@ -81,13 +82,18 @@ class WorkCounter:
             slots = float(batch.attention_mask.numel())
             real = executed = 0.0
             if self._model is not None:
-                lengths = batch.lengths().numpy().astype(np.int64)
-                padded = np.full_like(lengths, batch.longest) if batch.packing is None else lengths
-                targets = float(batch.num_targets)
-                real = self._model.training_flops(lengths, targets)
-                executed = self._factor * self._model.training_flops(padded, targets)
+                lengths = self._model.read_lengths(batch)
+                longest = int(lengths.max(initial=0))
+                padded = np.full_like(lengths, longest) if batch.packing is None else lengths
+                real = self._flops(batch, lengths)
+                executed = self._factor * self._flops(batch, padded)
             total += StepWork(len(batch), batch.num_real_tokens, slots, real, executed)
         return total
+
+    def _flops(self, batch: CellBatch, lengths_B: npt.NDArray[np.int64]) -> float:
+        assert self._model is not None
+        targets = batch.num_targets
+        return self._model.training_flops(lengths_B, targets, cell_prompt=batch.cell_prompt)
 
     def rates(self, work: StepWork, elapsed_s: float) -> dict[str, float]:
         """``tflops_per_s`` of real tokens, and ``mfu`` and ``hfu`` where the peak is known."""
