@@ -87,6 +87,7 @@ def trial_run(run: TuneRun, trial: int, base: dict[str, Any] | None = None) -> F
     raw["checkpoint"] = {
         **raw.get("checkpoint", {}),
         "dir": str(RunDirectory(run.checkpoint.dir, run.name).path / "trials"),
+        "background": False,  # a checkpoint written beside training is reported apart from metrics
     }
     raw["tracking"] = to_dict(run.tracking) | {
         "mlflow_uri": tracking_uri(run.tracking, run.checkpoint.dir),
