@@ -46,13 +46,17 @@ def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., 
 def compile_blocks(model: nn.Module) -> int:
     """Compile every block with ``torch.compile``; what it cannot compile runs as it is.
 
-    Batches differ in shape, so shapes are left open.
+    Batches differ in shape, so shapes are left open. A block's ``attention`` runs as it is: its
+    kernels are compiled already, and it chooses between them by what a batch holds.
 
     Returns:
         How many blocks.
     """
     blocks = _blocks(model)
     for block in blocks:
+        attention = getattr(block, "attention", None)
+        if isinstance(attention, nn.Module):
+            attention.forward = torch.compiler.disable(attention.forward)
         compiled: Callable[..., Any] = torch.compile(block.forward, dynamic=True)
         block.forward = compiled
     return len(blocks)

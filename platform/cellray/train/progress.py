@@ -13,7 +13,7 @@ from typing import Any
 from ray.train.v2.api.callback import UserCallback
 
 from cellray.train.rundir import drop_after
-from cellray.train.saving import NOTES
+from cellray.train.saving import NOTES, prune
 from cellray.train.tracking import Tracker
 
 __all__ = ["ReportCallback", "progress_line", "watch"]
@@ -28,10 +28,12 @@ class ReportCallback(UserCallback):  # type: ignore[misc]
         progress: path of ``metrics.jsonl``; committed checkpoints are noted beside it.
         uri: MLflow tracking store, "" for none.
         run_id: the MLflow run.
+        keep_last: checkpoints kept, beside the best.
     """
 
-    def __init__(self, progress: str, uri: str, run_id: str) -> None:
+    def __init__(self, progress: str, uri: str, run_id: str, *, keep_last: int) -> None:
         self._progress, self._uri, self._run_id = Path(progress), uri, run_id
+        self._keep_last = keep_last
         self._tracker: Tracker | None = None
         self._last_step = 0
 
@@ -51,6 +53,7 @@ class ReportCallback(UserCallback):  # type: ignore[misc]
         if checkpoint is not None:
             name = Path(checkpoint.path).name
             self._append(self._progress.with_name(NOTES), {**row, "name": name})
+            prune(self._progress.parent, keep_last=self._keep_last)
 
     def _append(self, file: Path, row: Mapping[str, Any]) -> None:
         with open(file, "a", encoding="utf-8") as out:

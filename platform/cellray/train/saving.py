@@ -33,7 +33,7 @@ from cellray.train.checkpoint import (
 from cellray.train.engine import Snapshot, global_sum, world_size
 from cellray.train.shards import optimizer_file
 
-__all__ = ["NOTES", "Saver", "committed", "newest_whole", "remove_uncommitted"]
+__all__ = ["NOTES", "Saver", "committed", "newest_whole", "prune", "remove_uncommitted"]
 
 NOTES = "checkpoints.jsonl"
 _FOLDER = "checkpoints"
@@ -210,6 +210,17 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[str]]:
             "or set checkpoint.resume = 'never' to move the run aside and begin anew"
         )
     return None, []
+
+
+def prune(run_dir: str | Path, *, keep_last: int) -> None:
+    """Delete all checkpoints but the newest ones and the best by validation loss."""
+    there = [n for n in committed(run_dir) if (Path(run_dir) / _FOLDER / str(n["name"])).is_dir()]
+    judged = [n for n in there if "validation/loss" in n]
+    best = [min(judged, key=lambda n: float(n["validation/loss"]))] if judged else []
+    kept = {str(note["name"]) for note in [*there[-keep_last:], *best]}
+    for note in there:
+        if note["name"] not in kept:
+            shutil.rmtree(Path(run_dir) / _FOLDER / str(note["name"]), ignore_errors=True)
 
 
 def remove_uncommitted(run_dir: str | Path) -> None:

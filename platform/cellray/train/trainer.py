@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cellray.core.errors import CellrayError, CheckpointError, ConfigError, StoppedError
@@ -150,12 +149,6 @@ def _trainer(job: TrainJob, run: RunDirectory, callbacks: list[Any]) -> TorchTra
     resources: dict[str, float] = {"CPU": job.scale.cpus_per_worker}
     if job.scale.gpus_per_worker:
         resources["GPU"] = job.scale.gpus_per_worker
-    best = {}
-    if len(job.data.validation):
-        best = {
-            "checkpoint_score_attribute": "validation/loss",
-            "checkpoint_score_order": "min",
-        }
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": ray.put(job)},
@@ -169,7 +162,6 @@ def _trainer(job: TrainJob, run: RunDirectory, callbacks: list[Any]) -> TorchTra
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(run.path),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep_last, **best),
             failure_config=FailureConfig(max_failures=job.scale.max_failures),
             callbacks=callbacks,
         ),
@@ -193,8 +185,8 @@ def _root_cause(error: BaseException) -> BaseException:
 def _begin(run: RunDirectory, say: Say, name: str) -> int:
     """The step a run goes on from: what was noted after it is dropped.
 
-    Ray's own list of checkpoints is thrown away where it cannot be read, or names a folder that is
-    gone; Ray would refuse to start, and ours is kept apart.
+    Ray's own list of checkpoints is thrown away: ours is the one that counts, and Ray would refuse
+    to start where its list was cut short or names a folder that is gone.
     """
     folder, torn = newest_whole(run.path)
     for text in torn:
@@ -203,15 +195,7 @@ def _begin(run: RunDirectory, say: Say, name: str) -> int:
     if step:
         say(f"{name}: resuming from step {step}")
     run.rewind(step)
-    snapshot = run.path / "checkpoints" / "checkpoint_manager_snapshot.json"
-    try:
-        known = json.loads(snapshot.read_text()) if snapshot.is_file() else {}
-        rows = [*known.get("checkpoint_results", []), known.get("latest_checkpoint_result")]
-        names = [row["checkpoint_dir_name"] for row in rows if row]
-        if not all((snapshot.parent / name).is_dir() for name in names):
-            snapshot.unlink()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-        snapshot.unlink()
+    (run.path / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     return step
 
 
@@ -251,7 +235,9 @@ def fit(
     job = replace(with_cache(job, say), run_dir=str(run.path))
     began = _begin(run, say, job.name)
     uri, run_id = (tracker.uri, tracker.run_id) if tracker else ("", "")
-    callbacks = [ReportCallback(str(run.progress), uri, run_id), *(extra_callbacks or [])]
+    keep = job.checkpoint.keep_last
+    notes = ReportCallback(str(run.progress), uri, run_id, keep_last=keep)
+    callbacks = [notes, *(extra_callbacks or [])]
     try:
         with kept_interrupt(), watch(run.progress, job.name, job.steps, say):
             result = _trainer(job, run, callbacks).fit()

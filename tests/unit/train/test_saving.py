@@ -13,7 +13,7 @@ from cellray.train.cell_log import CellLog, read_cell_log
 from cellray.train.checkpoint import Manifest, read_checkpoint, verify
 from cellray.train.engine import Snapshot
 from cellray.train.rundir import drop_after
-from cellray.train.saving import NOTES, Saver, committed, newest_whole, remove_uncommitted
+from cellray.train.saving import NOTES, Saver, committed, newest_whole, prune, remove_uncommitted
 
 VOCAB = Vocab.from_genes(["ENSG00000000001", "ENSG00000000002"], ["A", "B"], specials=("<pad>",))
 BASE = Manifest(
@@ -92,6 +92,17 @@ def test_a_note_cut_short_and_a_folder_that_is_gone_are_passed_over(run_dir):
     assert newest_whole(run_dir)[0].name == "step-00000004-s1"
     drop_after(run_dir / NOTES, 4)
     assert [n["step"] for n in committed(run_dir)] == [2, 4]
+
+
+def test_the_newest_and_the_best_are_kept(run_dir):
+    for step, loss in ((2, 3.0), (4, 1.0), (6, 2.0)):
+        with open(run_dir / "judged.jsonl", "a") as notes:
+            note = {"step": step, "validation/loss": loss, "name": f"step-{step:08d}-s1"}
+            notes.write(json.dumps(note) + "\n")
+    (run_dir / "judged.jsonl").replace(run_dir / NOTES)
+    prune(run_dir, keep_last=1)
+    left = sorted(f.name for f in (run_dir / "checkpoints").iterdir())
+    assert left == ["step-00000004-s1", "step-00000006-s1"]
 
 
 def test_what_was_never_committed_is_removed(run_dir):
