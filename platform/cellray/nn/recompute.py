@@ -56,7 +56,7 @@ def compile_blocks(model: nn.Module) -> int:
     for block in blocks:
         attention = getattr(block, "attention", None)
         if isinstance(attention, nn.Module):
-            attention.forward = torch.compiler.disable(attention.forward)
+            attention.forward = torch.compiler.disable(attention.forward)  # type: ignore[no-untyped-call]
         compiled: Callable[..., Any] = torch.compile(block.forward, dynamic=True)
         block.forward = compiled
     return len(blocks)
