@@ -1,7 +1,8 @@
 """Engines give and take their state: any stage, any number of workers, offload, bf16, bad steps.
 
 Tolerance where fp32 curves are compared: 2e-6 relative on the loss (sums are reduced in another
-order). Each case has its own processes: ZeRO 3 patches torch for the whole process.
+order). Processes take seconds to start, so one group of them runs many cases; those of ZeRO 3,
+which patches torch for the whole process, have groups of their own.
 """
 
 from __future__ import annotations
@@ -117,115 +118,15 @@ def train(engine, stage, folder="", options=None, first=0, last=STEPS):
     return [s.loss for s in stats], {k: v.numpy() for k, v in state.weights.items()}
 
 
-@pytest.fixture(scope="module")
-def plain():
-    """Losses and weights of plain AdamW in one process."""
-    return train("torch", 0)
-
-
-def close(losses, expected, rtol=TOLERANCE):
-    np.testing.assert_allclose(losses, expected, rtol=rtol, atol=0)
-
-
-SHARDED = [
-    (("torch", 0, 1), ("torch", 0, 2)),
-    (("deepspeed", 2, 2), ("deepspeed", 2, 1)),
-    (("deepspeed", 1, 2), ("deepspeed", 3, 3)),
-    (("deepspeed", 3, 3), ("torch", 0, 1)),
-    (("torch", 0, 2), ("deepspeed", 0, 2)),
-]
-
-
-@pytest.mark.parametrize(("before", "after"), SHARDED)
-def test_a_state_goes_on_under_another_engine_stage_and_number_of_workers(
-    before, after, plain, tmp_path
-):
-    """ZeRO shards are cut anew: the second half is that of the run that never stopped."""
-    engine, stage, world = before
-    results = run_distributed(
-        train, world=world, args=(engine, stage, str(tmp_path), None, 0, HALF)
-    )
-    for losses, _ in results:
-        close(losses, plain[0][:HALF])
-    engine, stage, world = after
-    results = run_distributed(
-        train, world=world, args=(engine, stage, str(tmp_path), None, HALF, STEPS)
-    )
-    for losses, _ in results:
-        close(losses, plain[0][HALF:])
-    for key, value in plain[1].items():
-        if not key.endswith("qkv.bias"):  # softmax does not see a key's bias
-            np.testing.assert_allclose(results[0][1][key], value, atol=2e-4, err_msg=key)
-
-
-@pytest.mark.parametrize("world", [3, pytest.param(4, marks=pytest.mark.slow)])
-def test_workers_of_unlike_shares_equal_one(world, plain):
-    """12 cells over 3 and 4 ranks, micro-batches of at most 4: passes are evened out."""
-    for losses, _ in run_distributed(train, world=world, args=("deepspeed", 2)):
-        close(losses, plain[0])
-
-
-def uneven(stage):
-    made, collator, tokens = make("deepspeed", stage)
+def uneven(engine, stage):
+    """Ranks cut their cells into unlike numbers of micro-batches."""
+    made, collator, tokens = make(engine, stage)
     collator = replace(collator, cells_micro=2 if dist.get_rank() else 4)
     return [s.loss for s in run_steps(made, collator, tokens, range(STEPS))]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_ranks_may_take_unlike_numbers_of_micro_batches(stage, plain):
-    for losses in run_distributed(uneven, world=2, args=(stage,)):
-        close(losses, plain[0])
-
-
-@pytest.mark.parametrize(
-    ("stage", "offload"),
-    [(2, "optimizer"), (3, "parameters"), pytest.param(1, "optimizer", marks=pytest.mark.slow)],
-)
-def test_offload_changes_no_loss(stage, offload, plain, tmp_path):
-    options = {"offload": offload}
-    for losses, _ in run_distributed(
-        train, world=2, args=("deepspeed", stage, str(tmp_path), options, 0, HALF)
-    ):
-        close(losses, plain[0][:HALF])
-    for losses, _ in run_distributed(
-        train, world=2, args=("deepspeed", stage, str(tmp_path), options, HALF, STEPS)
-    ):
-        close(losses, plain[0][HALF:])
-
-
-@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("deepspeed", 2), ("deepspeed", 3)])
-def test_recomputed_blocks_change_no_loss_even_with_dropout(engine, stage):
-    """Dropout is drawn again as it was: the same curve with and without."""
-    options = {"dropout": 0.3}
-    kept = run_distributed(train, world=2, args=(engine, stage, "", options))
-    anew = run_distributed(train, world=2, args=(engine, stage, "", {**options, "recompute": True}))
-    close(anew[0][0], kept[0][0])
-
-
-@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("deepspeed", 1), ("deepspeed", 3)])
-def test_a_run_with_dropout_goes_on_bit_for_bit(engine, stage, tmp_path):
-    """Stopped at step 3 and started again, in bf16 with dropout: not a bit differs."""
-    options = {"dropout": 0.3, "precision": "bf16"}
-    whole = run_distributed(train, world=2, args=(engine, stage, "", options))
-    run_distributed(train, world=2, args=(engine, stage, str(tmp_path), options, 0, HALF))
-    rest = run_distributed(
-        train, world=2, args=(engine, stage, str(tmp_path), options, HALF, STEPS)
-    )
-    assert rest[0][0] == whole[0][0][HALF:]
-    assert rest[0][1].keys() == whole[0][1].keys()
-    for key, value in whole[0][1].items():
-        assert np.array_equal(rest[0][1][key], value), key
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_stays_close_to_float32(stage, plain):
-    """Float32 masters and losses: within 2 % of the float32 curve at every step."""
-    results = run_distributed(train, world=2, args=("deepspeed", stage, "", {"precision": "bf16"}))
-    close(results[0][0], plain[0], rtol=2e-2)
-
-
 def spoiled(engine, stage, factor, limit):
-    """Step 2 is bad on rank 1; what a run without step 2 would have done goes on."""
+    """Step 2 is bad on rank 1."""
     made, collator, tokens = make(engine, stage)
     stats = run_steps(made, collator, tokens, range(STEPS), limit=limit, spoil={2: factor})
     return [(s.loss, s.taken, s.gradient_norm) for s in stats]
@@ -236,23 +137,177 @@ def without_step_2(engine, stage):
     return [s.loss for s in run_steps(made, collator, tokens, [0, 1, 3, 4, 5])]
 
 
+def halves(engine, stage, folder, options):
+    """The run in one go, and stopped at step 3 and started again."""
+    whole = train(engine, stage, "", options)
+    train(engine, stage, folder, options, 0, HALF)
+    return whole, train(engine, stage, folder, options, HALF, STEPS)
+
+
+def every(cases):
+    """Run many cases in one group of processes: name -> what the case gives."""
+    return {name: task(*arguments) for name, (task, arguments) in cases.items()}
+
+
+NOISY = {"dropout": 0.3, "precision": "bf16"}
+HUGE = 1e6
+
+
+def cases_of(engine, stage, folder):
+    """What is asked of an engine on two workers."""
+    key = f"{engine}{stage}"
+    (folder / key).mkdir()
+    (folder / f"{key}-noisy").mkdir()
+    dropout = {"dropout": 0.3}
+    return {
+        f"{key} first": (train, (engine, stage, str(folder / key), None, 0, HALF)),
+        f"{key} uneven": (uneven, (engine, stage)),
+        f"{key} kept": (train, (engine, stage, "", dropout)),
+        f"{key} anew": (train, (engine, stage, "", {**dropout, "recompute": True})),
+        f"{key} noisy": (halves, (engine, stage, str(folder / f"{key}-noisy"), NOISY)),
+        f"{key} bf16": (train, (engine, stage, "", {"precision": "bf16"})),
+        f"{key} without": (without_step_2, (engine, stage)),
+        f"{key} nan": (spoiled, (engine, stage, math.nan, math.inf)),
+        f"{key} huge": (spoiled, (engine, stage, HUGE, 1e7)),
+    }
+
+
+def offload_case(stage, offload, folder):
+    (folder / offload).mkdir()
+    options = {"offload": offload}
+    return {offload: (halves, ("deepspeed", stage, str(folder / offload), options))}
+
+
+ENGINES = [("torch", 0), *(("deepspeed", stage) for stage in range(4))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def two(folder):
+    """Every case on two workers: name -> what rank 0 and rank 1 found."""
+    first = {k: v for pair in ENGINES[:4] for k, v in cases_of(*pair, folder).items()}
+    second = cases_of(*ENGINES[4], folder) | offload_case(3, "parameters", folder)
+    first |= offload_case(2, "optimizer", folder)
+    found: dict[str, list] = {}
+    for cases in (first, second):
+        ranks = run_distributed(every, world=2, args=(cases,))
+        found |= {name: [rank[name] for rank in ranks] for name in cases}
+    return found
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Losses and weights of plain AdamW in one process."""
+    return train("torch", 0)
+
+
+def close(losses, expected, rtol=TOLERANCE):
+    np.testing.assert_allclose(losses, expected, rtol=rtol, atol=0)
+
+
+def same_weights(weights, expected):
+    assert weights.keys() == expected.keys()
+    for key, value in expected.items():
+        if not key.endswith("qkv.bias"):  # softmax does not see a key's bias
+            np.testing.assert_allclose(weights[key], value, atol=2e-4, err_msg=key)
+
+
 @pytest.mark.parametrize(
-    ("engine", "stage"), [("torch", 0), *(("deepspeed", stage) for stage in range(4))]
+    ("world", "resumed"),
+    [
+        (1, {"deepspeed2": ("deepspeed", 2), "torch0": ("deepspeed", 1)}),
+        (3, {"deepspeed1": ("deepspeed", 3), "deepspeed3": ("deepspeed", 3)}),
+        (2, {"deepspeed3": ("torch", 0), "deepspeed0": ("deepspeed", 1)}),
+    ],
 )
-def test_a_step_that_is_no_number_is_left_out_on_all_ranks(engine, stage):
-    expected = run_distributed(without_step_2, world=2, args=(engine, stage))[0]
-    for stats in run_distributed(spoiled, world=2, args=(engine, stage, math.nan, math.inf)):
+def test_a_state_goes_on_under_another_engine_stage_and_number_of_workers(
+    world, resumed, two, plain, folder
+):
+    """ZeRO shards are cut anew: the second half is that of the run that never stopped."""
+    for key in resumed:
+        for losses, _ in two[f"{key} first"]:
+            close(losses, plain[0][:HALF])
+    cases = {
+        key: (train, (engine, stage, str(folder / key), None, HALF, STEPS))
+        for key, (engine, stage) in resumed.items()
+    }
+    for rank in run_distributed(every, world=world, args=(cases,)):
+        for key in cases:
+            close(rank[key][0], plain[0][HALF:])
+            if rank[key][1]:  # rank 0 has the weights
+                same_weights(rank[key][1], plain[1])
+
+
+@pytest.mark.parametrize("world", [3, pytest.param(4, marks=pytest.mark.slow)])
+def test_workers_of_unlike_shares_equal_one(world, plain):
+    """12 cells over 3 and 4 ranks, micro-batches of at most 4: passes are evened out."""
+    for losses, _ in run_distributed(train, world=world, args=("deepspeed", 2)):
+        close(losses, plain[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_on_four_workers_equals_plain_adamw(stage, plain):
+    for losses, _ in run_distributed(train, world=4, args=("deepspeed", stage)):
+        close(losses, plain[0])
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_ranks_may_take_unlike_numbers_of_micro_batches(engine, stage, two, plain):
+    for losses in two[f"{engine}{stage} uneven"]:
+        close(losses, plain[0])
+
+
+@pytest.mark.parametrize("offload", ["optimizer", "parameters"])
+def test_offload_changes_no_loss_and_goes_on(offload, two, plain):
+    for (losses, _), (rest, weights) in two[offload]:
+        close(losses, plain[0])
+        close(rest, plain[0][HALF:])
+        if weights:
+            same_weights(weights, plain[1])
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_recomputed_blocks_change_no_loss_even_with_dropout(engine, stage, two):
+    """Dropout is drawn again as it was: the same curve with and without."""
+    kept, anew = two[f"{engine}{stage} kept"], two[f"{engine}{stage} anew"]
+    close(anew[0][0], kept[0][0])
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_run_with_dropout_goes_on_bit_for_bit(engine, stage, two):
+    """Stopped at step 3 and started again, in bf16 with dropout: not a bit differs."""
+    (whole, rest), _ = two[f"{engine}{stage} noisy"]
+    assert rest[0] == whole[0][HALF:]
+    assert rest[1].keys() == whole[1].keys()
+    for key, value in whole[1].items():
+        assert np.array_equal(rest[1][key], value), key
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_bf16_stays_close_to_float32(engine, stage, two, plain):
+    """Float32 masters and losses: within 2 % of the float32 curve at every step."""
+    close(two[f"{engine}{stage} bf16"][0][0], plain[0], rtol=2e-2)
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_step_that_is_no_number_is_left_out_on_all_ranks(engine, stage, two):
+    expected = two[f"{engine}{stage} without"][0]
+    for stats in two[f"{engine}{stage} nan"]:
         assert [taken for _, taken, _ in stats] == [True, True, False, True, True, True]
         assert math.isnan(stats[2][0])
         close([loss for loss, taken, _ in stats if taken], expected)
         assert all(norm > 0 for _, taken, norm in stats if taken)
 
 
-@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 2)])
-def test_an_exploding_step_is_left_out(engine, stage):
-    expected = run_distributed(without_step_2, world=2, args=(engine, stage))[0]
-    limit = 3 * max(expected)
-    for stats in run_distributed(spoiled, world=2, args=(engine, stage, 1e6, limit)):
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_an_exploding_step_is_left_out(engine, stage, two):
+    expected = two[f"{engine}{stage} without"][0]
+    for stats in two[f"{engine}{stage} huge"]:
         assert [taken for _, taken, _ in stats] == [True, True, False, True, True, True]
-        assert limit < stats[2][0] < math.inf
+        assert 1e7 < stats[2][0] < math.inf
         close([loss for loss, taken, _ in stats if taken], expected)

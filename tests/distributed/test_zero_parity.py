@@ -1,8 +1,8 @@
 """ZeRO stages 0 to 3 on two gloo workers give the losses of plain single-process AdamW.
 
 Tolerance: 2e-6 relative on the losses of 6 float32 steps with clipping, warm-up and accumulation
-(the sums are reduced in another order), 2e-4 absolute on the weights after them. Each case has its
-own processes: ZeRO 3 patches torch for the whole process.
+(the sums are reduced in another order), 2e-4 absolute on the weights after them. One group of
+processes runs many cases; ZeRO 3, which patches torch for the whole process, has its own.
 """
 
 from __future__ import annotations
@@ -39,21 +39,36 @@ def check(results, expected):
             np.testing.assert_allclose(got_value, value, atol=2e-4, err_msg=key)
 
 
+def every(cases):
+    """Run many cases in one group of processes."""
+    return {name: losses_of(*arguments) for name, arguments in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def two():
+    """Every case on two ranks: name -> (losses, weights) of each."""
+    cases = {f"zero {stage}": ("scgpt", "deepspeed", stage, 2) for stage in (0, 1, 2)}
+    cases["geneformer"] = ("geneformer", "deepspeed", 2, 4)
+    cases |= {f"torch {name}": (name, "torch", 0, 2) for name in FAMILIES}
+    found = {}
+    for group in (cases, {"zero 3": ("scgpt", "deepspeed", 3, 2)}):
+        ranks = run_distributed(every, world=2, args=(group,))
+        found |= {name: [rank[name] for rank in ranks] for name in group}
+    return found
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_stage_equals_plain_adamw(stage, reference):
-    results = run_distributed(losses_of, world=2, args=("scgpt", "deepspeed", stage, 2))
-    check(results, reference["scgpt"])
+def test_zero_stage_equals_plain_adamw(stage, two, reference):
+    check(two[f"zero {stage}"], reference["scgpt"])
 
 
-def test_zero_2_equals_plain_adamw_for_geneformer(reference):
-    results = run_distributed(losses_of, world=2, args=("geneformer", "deepspeed", 2, 4))
-    check(results, reference["geneformer"])
+def test_zero_2_equals_plain_adamw_for_geneformer(two, reference):
+    check(two["geneformer"], reference["geneformer"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_torch_engine_on_two_ranks_equals_one(name, reference):
-    results = run_distributed(losses_of, world=2, args=(name, "torch", 0, 2))
-    check(results, reference[name])
+def test_the_torch_engine_on_two_ranks_equals_one(name, two, reference):
+    check(two[f"torch {name}"], reference[name])
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ class _Worker(Host):
         local = context.get_local_world_size()
         if job.device == "cuda":
             self.device = ray.train.torch.get_device()
+            torch.cuda.set_device(self.device)
         else:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed its guess
             share = (os.cpu_count() or 1) // local
