@@ -1,6 +1,6 @@
 """cellray's training step beside Hugging Face's BERT and a padded ``nn.TransformerEncoder``.
 
-Run: ``python tests/benchmarks/train_step.py [--full] [--device cuda] [--out results/train_step.md]``
+Run: ``python tests/benchmarks/train_step.py [--full] [--device cuda] [--out FILE]``
 
 Three comparisons, each with the same weights, cells, hidden positions, AdamW and clipping on both
 sides, without dropout: ``geneformer`` against ``BertForMaskedLM`` (needs ``transformers``),
@@ -11,12 +11,13 @@ Theirs are used as they are meant to be: micro-batches of random cells padded to
 head at every position, labels of -100 where nothing is hidden; a second row has them sorted by
 length. Every form has a model and an optimizer of its own and sees the same cells; the forms take
 turns, so that a busy machine slows all. The losses of a round must agree before a ratio counts.
+On a CPU the clock is the process's CPU time, which other processes touch least; on a GPU the
+wall's. Batches are made beforehand, as a loader's thread does.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -27,16 +28,11 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional
-
-HERE = str(Path(__file__).parent)
-sys.path.insert(0, HERE)
 from _common import hardware
+from _step_peers import HuggingFaceBert, OwnLoss, TorchScgpt, transformers
+from torch import nn
 
-# tokenizers.py beside this file would stand in the place of the package that transformers imports.
-sys.path[:] = [folder for folder in sys.path if folder != HERE]
-from cellray.core.batch import CellBatch, ModelOutput
+from cellray.core.batch import CellBatch
 from cellray.core.blocks import TokenBlock
 from cellray.core.draw import Draw
 from cellray.core.registry import find
@@ -47,7 +43,7 @@ from cellray.data.vocab import Vocab
 from cellray.infer.load import block_of
 from cellray.models.base import BuildContext, CellModel, build_model, family
 from cellray.models.upstream.base import revert, upstream
-from cellray.objectives.base import Loss, Objective
+from cellray.objectives.base import Objective
 from cellray.train.config import OptimSection
 from cellray.train.engine import TorchEngine
 from cellray.train.loop import Collator
@@ -60,121 +56,6 @@ LEARNING_RATE = 1e-4
 MEGA_BATCH = 50
 # Dense bfloat16 peaks in FLOP/s, by a part of the GPU's name, from the makers' data sheets.
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
-
-
-# ------------------------------------------------------------------------------------ their side
-
-
-class HuggingFaceBert(nn.Module):
-    """``BertForMaskedLM`` on a padded batch: logits everywhere, labels of -100 where not hidden."""
-
-    def __init__(self, config: Any, vocab: Vocab, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        from transformers import BertConfig, BertForMaskedLM
-
-        self.bert = BertForMaskedLM(
-            BertConfig(
-                vocab_size=vocab.num_tokens,
-                hidden_size=config.width,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                intermediate_size=config.ffn_width,
-                hidden_act=config.activation,
-                max_position_embeddings=config.max_positions,
-                layer_norm_eps=config.layer_norm_eps,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                pad_token_id=vocab.pad,
-            )
-        )
-        self.bert.load_state_dict(weights, strict=True)
-
-    def forward(self, batch: CellBatch) -> ModelOutput:
-        """Predicts ``total``, the summed loss, which is what Trainer makes of accumulated steps."""
-        assert batch.targets is not None and batch.target_mask is not None
-        labels = torch.where(batch.target_mask, batch.targets, -100)
-        mask = batch.attention_mask.long()
-        out = self.bert(input_ids=batch.token_ids, attention_mask=mask, labels=labels)
-        return _total(out.loss.float() * batch.target_mask.sum(), out.logits)
-
-
-class TorchScgpt(nn.Module):
-    """scGPT of torch's own layers, padded; its parameters carry the published names."""
-
-    def __init__(self, config: Any, vocab: Vocab, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        width = config.width
-        table = {"embedding": nn.Embedding(vocab.num_tokens, width), "enc_norm": nn.LayerNorm(width)}
-        self.encoder = nn.ModuleDict(table)
-        self.value_encoder = nn.ModuleDict(
-            {
-                "linear1": nn.Linear(1, width),
-                "linear2": nn.Linear(width, width),
-                "norm": nn.LayerNorm(width),
-            }
-        )
-        self.flag_encoder = nn.Embedding(2, width)
-        layer = nn.TransformerEncoderLayer(
-            width, config.num_heads, config.ffn_width, dropout=0.0, batch_first=True
-        )
-        self.transformer_encoder = nn.TransformerEncoder(
-            layer, config.num_layers, enable_nested_tensor=False
-        )
-        lines = [nn.Linear(width, width) for _ in range(2)]
-        leaky = nn.LeakyReLU()
-        fc = nn.Sequential(lines[0], leaky, lines[1], leaky, nn.Linear(width, 1))
-        self.decoder = nn.ModuleDict({"fc": fc})
-        query, product = nn.Linear(width, width), nn.Linear(width, width, bias=False)
-        self.mvc_decoder = nn.ModuleDict({"gene2query": query, "W": product})
-        self.num_heads = config.num_heads
-        self.load_state_dict(weights, strict=True)
-
-    def forward(self, batch: CellBatch) -> ModelOutput:
-        """Predicts ``total``, the summed squared errors of both decoders, run at every position."""
-        assert batch.targets is not None and batch.target_mask is not None
-        genes_BTD = self.encoder["enc_norm"](self.encoder["embedding"](batch.token_ids))
-        lifted = torch.relu(self.value_encoder["linear1"](batch.values.clamp(max=512)[..., None]))
-        second = self.value_encoder["norm"](self.value_encoder["linear2"](lifted))
-        if batch.unknown_mask is None:
-            padding_BT = ~batch.attention_mask
-            hidden = self.transformer_encoder(genes_BTD + second, src_key_padding_mask=padding_BT)
-        else:
-            flag_D = self.flag_encoder.weight[1].to(second.dtype)
-            second = torch.where(batch.unknown_mask[..., None], flag_D, second)
-            hidden = self.transformer_encoder(genes_BTD + second, mask=self._mask(batch, second))
-        gep_BT = self.decoder["fc"](hidden).squeeze(-1)
-        query_BTD = torch.sigmoid(self.mvc_decoder["gene2query"](genes_BTD))
-        gepc_BT = (self.mvc_decoder["W"](query_BTD) @ hidden[:, 0, :, None]).squeeze(-1)
-        error = (gep_BT.float() - batch.targets).square()
-        error = error + (gepc_BT.float() - batch.targets).square()
-        return _total((error * batch.target_mask).sum(), hidden)
-
-    def _mask(self, batch: CellBatch, like: Tensor) -> Tensor:
-        """(B * H, T, T), 0 or -inf; padding is in it, which is faster than a mask of its own.
-
-        Made once for all layers: torch would turn a bool mask into this one at every layer.
-        """
-        assert batch.unknown_mask is not None
-        itself = torch.eye(batch.longest, dtype=torch.bool, device=like.device)
-        allowed = (batch.attention_mask & ~batch.unknown_mask)[:, None, :] | itself
-        mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
-        mask = mask.masked_fill_(~allowed, -torch.inf)
-        return mask.repeat_interleave(self.num_heads, dim=0)
-
-
-def _total(total: Tensor, hidden: Tensor) -> ModelOutput:
-    """A model output that is its own loss."""
-    return ModelOutput(hidden=hidden, cell=hidden, predictions={"total": total})
-
-
-class OwnLoss:
-    """The objective of a side that computes its loss itself."""
-
-    def corrupt(self, batch: CellBatch, draw: Draw) -> CellBatch:
-        return batch
-
-    def loss(self, output: ModelOutput, batch: CellBatch) -> Loss:
-        return Loss(output.predictions["total"], batch.num_targets)
 
 
 # --------------------------------------------------------------------------------- the settings
@@ -286,7 +167,8 @@ class Form:
         name: as the table has it.
         engine: takes the step.
         batches: a step's cells -> corrupted micro-batches.
-        seconds: of each round.
+        seconds: of each round; CPU-seconds on a CPU.
+        wall: the same by the wall's clock.
         losses: of each round.
         slots: positions computed in all rounds, padding included.
         tokens: real tokens in all rounds.
@@ -297,6 +179,7 @@ class Form:
     engine: TorchEngine
     batches: Callable[[TokenBlock], list[CellBatch]]
     seconds: list[float] = field(default_factory=list)
+    wall: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     slots: int = 0
     tokens: int = 0
@@ -306,10 +189,12 @@ class Form:
         """One step, timed; batches are made before the clock starts, as a loader's thread does."""
         batches = self.batches(block)
         _wait(device)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         stats = self.engine.step(batches, lr=LEARNING_RATE)
         _wait(device)
-        self.seconds.append(time.perf_counter() - started)
+        self.wall.append(time.perf_counter() - started)
+        on_cpu = device.type == "cpu"
+        self.seconds.append(time.process_time() - cpu if on_cpu else self.wall[-1])
         self.losses.append(stats.loss)
         self.slots += sum(_slots(batch) for batch in batches)
         self.tokens += sum(batch.num_real_tokens for batch in batches)
@@ -396,7 +281,7 @@ def forms(comparison: Comparison, vocab: Vocab, args: argparse.Namespace) -> lis
         Form("cellray, padded by length", _engine(ours(), objective, args), by(packed=False)),
         Form("cellray, packed", _engine(ours(), objective, args), by(packed=True)),
     ]
-    return made
+    return made if args.full else [made[0], *made[3:]]
 
 
 # ----------------------------------------------------------------------------------- the report
@@ -428,56 +313,53 @@ def compare(name: str, data: str, vocab: Vocab, tokens: TokenBlock, args: Any) -
     """Lines of the report: what was run, and a row for each form."""
     comparison, device = COMPARISONS[name], torch.device(args.device)
     made = forms(comparison, vocab, args)
-    size, flops, makes = args.cells_step, 0.0, 0.0
+    size, flops, making = args.cells_step, 0.0, 0.0
     config = made[-1].engine.module.config
-    for number in range(args.rounds + 1):
+    for form in made:
+        form.warm_up(tokens.slice(0, args.cells_micro), device)
+    for number in range(args.rounds):
         rows = np.arange(number * size, (number + 1) * size) % len(tokens)
         block = tokens.take(rows)
         for offset in range(len(made)):  # another one begins each round
-            form = made[(offset + number) % len(made)]
-            if number:
-                form.measure(block, device)
-            else:
-                form.warm_up(block, device)
-        if number and device.type == "cuda":
-            flops += useful_flops(comparison, config, made[-1].batches(block))
-        if number == 1:
-            started = time.perf_counter()
-            made[-1].batches(block)
-            makes = (time.perf_counter() - started) / made[-1].seconds[0]
-    first = np.array([form.losses[0] for form in made])
-    apart = float(np.abs(first / first[0] - 1).max())
-    every = np.array([form.losses for form in made])
-    later = float(np.abs(every / every[:1] - 1).max())
+            made[(offset + number) % len(made)].measure(block, device)
+        started = time.perf_counter()
+        batches = made[-1].batches(block)
+        making += time.perf_counter() - started
+        flops += useful_flops(comparison, config, batches)
+    losses = np.array([form.losses for form in made])
+    apart = np.abs(losses / losses[:1] - 1).max(0)
     limit = 1e-2 if device.type == "cuda" else 1e-5
-    if not apart < limit:
-        raise SystemExit(f"{name}, {data}: losses {first} differ by {apart:.1e}, more than {limit}")
+    if not apart[0] < limit:
+        raise SystemExit(f"{name}, {data}: losses {losses[:, 0]} differ by more than {limit}")
     lengths = np.diff(tokens.indptr)
     low, middle, high = np.percentile(lengths, [5, 50, 95])
+    gpu = " TFLOP/s | MFU |" if device.type == "cuda" else ""
+    second = "s" if device.type == "cuda" else "CPU-s"
     told = [
         f"## {name}: {comparison.other}, {data}",
         "",
         f"{config.num_layers} layers, width {config.width}, {config.num_heads} heads, ffn "
-        f"{config.ffn_width}, {vocab.num_tokens:,} tokens in the vocabulary; cells of "
-        f"{low:,.0f} / {middle:,.0f} / {high:,.0f} tokens (5, 50, 95 %; at most "
-        f"{lengths.max():,}); {size} cells a step, {args.cells_micro} a micro-batch, "
-        f"{args.rounds} rounds. Relative difference of the losses: {apart:.1e} in the first "
-        f"round, at most {later:.1e} in any. Making packed batches takes {makes:.1%} of a packed "
-        f"step, beside it. {_mega_batch(lengths, args)}",
+        f"{config.ffn_width}, {vocab.num_tokens:,} tokens in the vocabulary. Cells of "
+        f"{low:,.0f} / {middle:,.0f} / {high:,.0f} tokens (5, 50, 95 %), at most "
+        f"{lengths.max():,}; {size} cells a step, {args.cells_micro} a micro-batch, "
+        f"{args.rounds} rounds. Relative difference of the losses: {apart[0]:.1e} in the first "
+        f"round, at most {apart.max():.1e} in any. Making the packed batches takes "
+        f"{making / sum(made[-1].wall):.1%} of a step, beside it. {_mega_batch(lengths, args)}",
         "",
-        "| form | padding | cells/s, to the first row | spread | real tokens/s | MB kept |"
-        + (" TFLOP/s | MFU |" if device.type == "cuda" else ""),
-        "|---|---|---|---|---|---|" + ("---|---|" if device.type == "cuda" else ""),
+        f"| form | padding | cells/{second}, ratio | spread | by the wall | real tokens/{second} "
+        f"| MB kept |{gpu}",
+        "|---|---|---|---|---|---|---|" + "---|---|" * bool(gpu),
     ]
     return told + [_row(form, made[0], flops, device) for form in made] + [""]
 
 
 def _row(form: Form, base: Form, flops: float, device: torch.device) -> str:
     ratios = np.array(base.seconds) / np.array(form.seconds)
+    wall = np.median(np.array(base.wall) / np.array(form.wall))
     spread = f"{ratios.min():.2f} to {ratios.max():.2f}"
     line = (
         f"| {form.name} | {1 - form.tokens / form.slots:.1%} | {np.median(ratios):.2f} | {spread} "
-        f"| {form.tokens / sum(form.seconds):,.0f} | {form.kept / 1e6:,.0f} |"
+        f"| {wall:.2f} | {form.tokens / sum(form.seconds):,.0f} | {form.kept / 1e6:,.0f} |"
     )
     if device.type == "cuda":
         rate = flops / sum(form.seconds)
@@ -492,42 +374,53 @@ def _mega_batch(lengths: np.ndarray, args: argparse.Namespace) -> str:
     micro = args.cells_micro
     drawn = np.sort(np.random.default_rng(args.seed).choice(lengths, MEGA_BATCH * micro))
     share = 1 - drawn.sum() / (drawn.reshape(-1, micro).max(1).sum() * micro)
-    return f"Sorted within {MEGA_BATCH} micro-batches, as Trainer does, {share:.1%} were padding."
+    return f"Sorted within {MEGA_BATCH} micro-batches, as Trainer can, {share:.1%} were padding."
 
 
 def _machine(args: argparse.Namespace) -> str:
     machine = hardware()
-    where = f"{machine['cpu']}, {machine['memory_gb']} GB, load {machine['load_before']}"
+    where = f"{machine['cpu']}, {machine['memory_gb']} GB, load {machine['load_before']} before"
     if args.device == "cuda":
         where = f"{torch.cuda.get_device_name()} (bf16 autocast), host {where}"
     versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    if importlib.util.find_spec("transformers"):
-        from transformers import __version__ as number
-
-        versions += f", transformers {number}"
-    return f"{where}; {versions}; fp32 weights."
+    package = transformers()
+    if package is not None:
+        versions += f", transformers {package.__version__}"
+    return f"{where}; {versions}; weights in fp32."
 
 
 def arguments() -> argparse.Namespace:
     """The command line, with what ``--full`` and the device decide."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison")
-    parser.add_argument("--data", choices=("mixture", "pancreas"), help="one kind of cells")
-    parser.add_argument("--layers", type=int, default=0, help="0: all (scGPT on a CPU: 4)")
-    parser.add_argument("--cells-step", type=int, default=0)
-    parser.add_argument("--cells-micro", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", choices=("mixture", "pancreas", "both"), default="mixture")
+    parser.add_argument("--layers", type=int, default=0, help="0: all; scGPT on a CPU: 4")
+    parser.add_argument("--cells-step", type=int, default=0, help="0: 16; 64 with --full")
+    parser.add_argument("--cells-micro", type=int, default=8, help="Trainer's default")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mean", type=float, default=1200.0, help="genes a cell of the mixture")
     parser.add_argument("--sigma", type=float, default=0.7, help="of the mixture's log-normal")
-    parser.add_argument("--full", action="store_true", help="all layers, larger batches")
+    parser.add_argument("--full", action="store_true", help="all layers, rows and comparisons")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    large = args.full or args.device == "cuda"
-    args.cells_step = args.cells_step or (64 if large else 16)
-    args.cells_micro = args.cells_micro or (16 if large else 4)
+    args.full = args.full or args.device == "cuda"
+    args.cells_step = args.cells_step or (64 if args.full else 16)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     return args
+
+
+def cells_of(
+    comparison: Comparison, data: str, vocab: Vocab, adata: ad.AnnData, args: argparse.Namespace
+) -> TokenBlock:
+    """The tokens that a comparison runs on."""
+    if data == "pancreas":
+        return pancreas_cells(comparison, vocab, adata)
+    size = args.cells_step * args.rounds
+    return mixture_cells(comparison, vocab, size, mean=args.mean, sigma=args.sigma, seed=args.seed)
 
 
 def main() -> None:
@@ -535,31 +428,23 @@ def main() -> None:
     args = arguments()
     adata = ad.read_h5ad(PANCREAS)
     genes = [str(gene) for gene in adata.var_names]
-    told = ["# The training step beside Hugging Face's BERT and torch's encoder", "", _machine(args)]
-    told += ["", f"`python tests/benchmarks/{' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`", ""]
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    told = ["# The training step beside Hugging Face's BERT and torch's encoder", ""]
+    told += [_machine(args), "", f"`python tests/benchmarks/{command}`", ""]
     print("\n".join(told), flush=True)
-    chosen_layers = args.layers
-    for name, comparison in COMPARISONS.items():
-        if args.only not in (None, name):
-            continue
-        if name == "geneformer" and importlib.util.find_spec("transformers") is None:
+    chosen = [args.only] if args.only else list(COMPARISONS)[: 3 if args.full else 2]
+    layers = args.layers
+    for name in chosen:
+        comparison = COMPARISONS[name]
+        if name == "geneformer" and transformers() is None:
             told += ["geneformer: transformers is not installed: pip install transformers", ""]
             print(told[-2], flush=True)
             continue
-        small = comparison.family == "scgpt" and args.device == "cpu" and not args.full
-        args.layers = chosen_layers or (4 if small else 0)
+        args.layers = layers or (4 if comparison.family == "scgpt" and not args.full else 0)
         vocab = vocabulary(comparison, genes)
-        cells = args.cells_step * (args.rounds + 1)
-        sets = {
-            "mixture": lambda: mixture_cells(
-                comparison, vocab, cells, mean=args.mean, sigma=args.sigma, seed=args.seed
-            ),
-            "pancreas": lambda: pancreas_cells(comparison, vocab, adata),
-        }
-        for data, make in sets.items():
-            if args.data not in (None, data):
-                continue
-            lines = compare(name, data, vocab, make(), args)
+        for data in ("mixture", "pancreas") if args.data == "both" else (args.data,):
+            tokens = cells_of(comparison, data, vocab, adata, args)
+            lines = compare(name, data, vocab, tokens, args)
             print("\n".join(lines), flush=True)
             told += lines
     if args.out:
