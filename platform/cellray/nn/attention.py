@@ -9,6 +9,7 @@ Legend: B cells, T tokens, H heads, K width of a head, D width (H * K), P tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -124,8 +125,8 @@ def _known_first(k_BHTK: Tensor, v_BHTK: Tensor, known_BT: Tensor) -> tuple[Tens
         return k_BHTK, v_BHTK, known_BT
     if len(known_BT) == 1:
         index_S = torch.nonzero(known_BT[0])[:, 0]
-        taken = (x.index_select(2, index_S) for x in (k_BHTK, v_BHTK))
-        return *taken, known_BT.new_ones(1, len(index_S))
+        k_1HSK, v_1HSK = (x.index_select(2, index_S) for x in (k_BHTK, v_BHTK))
+        return k_1HSK, v_1HSK, known_BT.new_ones(1, len(index_S))
     counts_B = known_BT.sum(1)
     most = int(counts_B.max())
     index_BS = torch.argsort(~known_BT, dim=1, stable=True)[:, :most]
@@ -207,11 +208,14 @@ def _by_cells(
     length have known tokens in very different numbers.
     """
     lengths = packing.cu_lengths.diff().tolist()
-    hidden = [None] * len(lengths) if unknown is None else unknown[None].split(lengths, dim=1)
+    hidden: Sequence[Tensor | None] = [None] * len(lengths)
+    if unknown is not None:
+        hidden = torch.split(unknown[None], lengths, dim=1)
+    cells = zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)
     parts = []
-    for *projected, hidden_1T in zip(*(x.split(lengths) for x in (q, k, v)), hidden, strict=True):
-        ours, theirs, values = (x.transpose(0, 1)[None] for x in projected)
-        real_1T = packing.cu_lengths.new_ones((1, len(projected[0])), dtype=torch.bool)
+    for cell, hidden_1T in zip(cells, hidden, strict=True):
+        ours, theirs, values = (x.transpose(0, 1)[None] for x in cell)
+        real_1T = torch.ones((1, len(cell[0])), dtype=torch.bool)
         mixed = attend(ours, theirs, values, real_1T, hidden_1T, dropout=dropout)
         parts.append(mixed[0].transpose(0, 1))
     return torch.cat(parts)
