@@ -9,6 +9,7 @@ Legend: B cells, T tokens, H heads, K width of a head, D width (H * K), P tokens
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -38,6 +39,9 @@ Tensor = torch.Tensor
 
 Kernel = Literal["auto", "sdpa", "varlen", "flex"]
 
+# Cells of so many tokens on average are worth a call each on a CPU; shorter ones go in groups.
+_LONG_CELLS = 64
+
 
 def padded_attention(
     q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, keys_BT: Tensor, *, dropout: float = 0.0
@@ -51,12 +55,16 @@ def padded_attention(
         keys_BT: bool, True at tokens that may be attended to; at least one per cell.
         dropout: probability of dropping an attention weight.
     """
-    # Asking costs nothing on a CPU, and would make a GPU wait for the host.
-    everything = keys_BT.device.type == "cpu" and bool(keys_BT.all())
-    mask_B11T = None if everything else keys_BT[:, None, None, :]
     return functional.scaled_dot_product_attention(
-        q_BHTK, k_BHTK, v_BHTK, attn_mask=mask_B11T, dropout_p=dropout
+        q_BHTK, k_BHTK, v_BHTK, attn_mask=_mask(keys_BT), dropout_p=dropout
     )
+
+
+def _mask(keys_BS: Tensor) -> Tensor | None:
+    """(B, 1, 1, S), None where every key is real: the kernel is faster without."""
+    # Asking costs nothing on a CPU, and would make a GPU wait for the host.
+    everything = keys_BS.device.type == "cpu" and bool(keys_BS.all())
+    return None if everything else keys_BS[:, None, None, :]
 
 
 def generative_attention(
@@ -100,9 +108,9 @@ def generative_attention(
     k[..., -1, width : width + 2] = 1.0
     v = functional.pad(v_BHSK, (0, EXTRA_COLUMNS, 0, 1))
     v[..., -1, width] = 1.0
-    mask_B11S = functional.pad(keys_BS, (0, 1), value=True)[:, None, None, :]
+    mask = _mask(functional.pad(keys_BS, (0, 1), value=True))
     out = functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask_B11S, dropout_p=dropout, scale=1 / math.sqrt(width)
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=1 / math.sqrt(width)
     )
     return out[..., :width] + out[..., width, None] * v_BHTK
 
@@ -115,6 +123,10 @@ def _known_first(k_BHTK: Tensor, v_BHTK: Tensor, known_BT: Tensor) -> tuple[Tens
     """
     if k_BHTK.device.type != "cpu":
         return k_BHTK, v_BHTK, known_BT
+    if len(known_BT) == 1:
+        index_S = torch.nonzero(known_BT[0])[:, 0]
+        k_1HSK, v_1HSK = (x.index_select(2, index_S) for x in (k_BHTK, v_BHTK))
+        return k_1HSK, v_1HSK, known_BT.new_ones(1, len(index_S))
     counts_B = known_BT.sum(1)
     most = int(counts_B.max())
     index_BS = torch.argsort(~known_BT, dim=1, stable=True)[:, :most]
@@ -182,7 +194,31 @@ def attend(
         return flex_packed(q, k, v, layout, unknown)
     if kernel != "sdpa" and serves:
         return varlen_packed(q, k, v, layout, unknown, dropout=dropout)
+    if q.device.type == "cpu" and len(q) >= _LONG_CELLS * len(layout.starts):
+        return _by_cells(q, k, v, layout, unknown, dropout)
     return _by_groups(q, k, v, layout, unknown, dropout)
+
+
+def _by_cells(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, unknown: Tensor | None, dropout: float
+) -> Tensor:
+    """Packed attention, one call for each cell, (P, H, K): nothing is copied, filled up or masked.
+
+    A cell of some length keeps a CPU busy by itself, and under the generative mask cells of one
+    length have known tokens in very different numbers.
+    """
+    lengths = packing.cu_lengths.diff().tolist()
+    hidden: Sequence[Tensor | None] = [None] * len(lengths)
+    if unknown is not None:
+        hidden = torch.split(unknown[None], lengths, dim=1)
+    cells = zip(*(torch.split(x, lengths) for x in (q, k, v)), strict=True)
+    parts = []
+    for cell, hidden_1T in zip(cells, hidden, strict=True):
+        ours, theirs, values = (x.transpose(0, 1)[None] for x in cell)
+        real_1T = torch.ones((1, len(cell[0])), dtype=torch.bool)
+        mixed = attend(ours, theirs, values, real_1T, hidden_1T, dropout=dropout)
+        parts.append(mixed[0].transpose(0, 1))
+    return torch.cat(parts)
 
 
 def _by_groups(

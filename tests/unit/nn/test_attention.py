@@ -198,6 +198,32 @@ def test_every_path_over_packed_cells_gives_the_numbers_of_the_dense_mask(path, 
     torch.testing.assert_close(got.double(), want, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("lengths", [(130, 1, 90, 64), (40, 30, 50, 41)])
+def test_long_and_short_packed_cells_on_a_cpu_have_the_numbers_and_gradients_of_the_dense_mask(
+    lengths, hidden
+):
+    q, k, v, packing, unknown = packed(lengths=lengths)
+    unknown[packing.starts[1] : packing.starts[2]] = True
+    unknown = unknown if hidden else None
+    grads = []
+    for run in (attend, dense_packed):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = run(*leaves, packing, unknown)
+        out.float().square().sum().backward()
+        grads.append([out.float(), *(x.grad for x in leaves)])
+    for one, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_of_long_packed_cells_is_drawn():
+    q, k, v, packing, unknown = packed(lengths=(130, 90))
+    torch.manual_seed(0)
+    bare, dropped = (attend(q, k, v, packing, unknown, dropout=rate) for rate in (0.0, 0.5))
+    assert bool(torch.isfinite(dropped).all())
+    assert not torch.allclose(bare, dropped)
+
+
 def test_gradients_of_the_varlen_form_are_those_of_the_dense_mask():
     q, k, v, packing, unknown = packed()
     grads = []
