@@ -115,6 +115,8 @@ def train(engine, stage, folder="", options=None, first=0, last=STEPS):
             torch.save(dict(state.weights), target / "weights.pt")
         else:
             assert state.weights == {}
+        if world_size() > 1:
+            dist.barrier()  # who goes on from it must find it whole
     return [s.loss for s in stats], {k: v.numpy() for k, v in state.weights.items()}
 
 
