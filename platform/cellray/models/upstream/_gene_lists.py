@@ -102,7 +102,7 @@ def _check_names(names: Sequence[str], path: Path) -> None:
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
         raise DataError(
-            f"'{path}' lists genes more than once ({len(twice)} of them): {', '.join(twice[:5])}; a "
+            f"'{path}' lists genes more than once ({len(twice)}): {', '.join(twice[:5])}; a "
             "model knows each gene once, so this is not its list"
         )
 

@@ -115,7 +115,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' cannot be read as JSON: {error}") from error
     if not isinstance(raw, dict):
-        raise DataError(f"'{path}' holds a {type(raw).__name__}, not an object of names")
+        raise DataError(f"'{path}' holds {type(raw).__name__}, not an object of names")
     return raw
 
 
@@ -289,7 +289,7 @@ def plain_numbers(raw: Any, source: Path) -> dict[str, float]:
         DataError: it is no such dictionary.
     """
     if not isinstance(raw, Mapping):
-        raise DataError(f"'{source}' holds a {type(raw).__name__}, not a dictionary of numbers")
+        raise DataError(f"'{source}' holds {type(raw).__name__}, not a dictionary of numbers")
     try:
         return {str(name): float(np.asarray(value)) for name, value in raw.items()}
     except (TypeError, ValueError) as error:
