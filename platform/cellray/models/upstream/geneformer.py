@@ -18,7 +18,7 @@ import torch
 from cellray.core.errors import CheckpointError
 from cellray.data.vocab import Vocab
 from cellray.models.upstream._reading import find_file, read_json, read_tensors
-from cellray.models.upstream._settings import agree, allowed, decimal, whole
+from cellray.models.upstream._settings import allowed, decimal, whole
 from cellray.models.upstream.base import (
     GeneList,
     Imported,
@@ -175,8 +175,6 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -
     allowed(raw, "is_decoder", (False,), where)
     if "classifier.weight" in weights:
         allowed(raw, "problem_type", (None, "single_label_classification"), where)
-    rows = int(weights["bert.embeddings.word_embeddings.weight"].shape[0])
-    agree(raw, {"vocab_size": rows}, where)
     model: dict[str, Any] = {ours: whole(raw, theirs, None, where) for ours, theirs in keys.items()}
     model["dropout"] = decimal(raw, "hidden_dropout_prob", 0.0, where)
     model["attention_dropout"] = decimal(

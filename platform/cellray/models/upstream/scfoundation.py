@@ -107,7 +107,11 @@ def _entry(
                 f"{', '.join(sorted(entries))}; choose with --entry"
             )
         config, state = raw[chosen].get("config"), raw[chosen]["state_dict"]
-        others = {str(name): "not of the entry" for name in raw if name != chosen}
+        others = {
+            str(name): "another entry" if name in entries else "not of the model"
+            for name in raw
+            if name != chosen
+        }
     if not isinstance(state, Mapping) or not isinstance(config, Mapping | None):
         raise CheckpointError(
             f"{where}: 'state_dict' is a {type(state).__name__} and its configuration a "

@@ -47,6 +47,7 @@ _TUNED = (
     "fine-tuned: tokenizer.cls_value is 0, as the source's tuning scripts have it beside <cls> "
     "(-2 in pretraining)"
 )
+_ASSUMED = "no args.json beside the weights: 51 bins, 1,200 tokens and post-norm are assumed"
 _BUILT = {
     "input_style": "binned",
     "input_emb_style": "continuous",
@@ -291,7 +292,7 @@ def _read(path: Path, options: Options) -> Imported:
         ignored=ignored | others,
         covariates={_BATCH: [str(i) for i in range(batches)]} if batches else {},
         classes=classes,
-        notes=(_TUNED,) if tuned else (),
+        notes=(*((_TUNED,) if tuned else ()), *(() if settings.is_file() else (_ASSUMED,))),
     )
 
 
