@@ -153,6 +153,9 @@ def test_several_references_and_several_weights_are_listed(tmp_path):
         cells.var.index = [f"GENE{i}" for i in range(30)]
         cells.write_h5ad(tmp_path / "to" / f"{name}.h5ad")
     refused("tosica", tmp_path / "to", "2 gene lists: query.h5ad, reference.h5ad; .* --genes")
+    tosica_folder(tmp_path / "two", tosica_weights())
+    shutil.copy(tmp_path / "two" / "model-10.pth", tmp_path / "two" / "old-10.pth")
+    refused("tosica", tmp_path / "two", "of the last epoch: model-10.pth, old-10.pth")
     scbert_file(tmp_path / "sb" / "x.pth", scbert_weights())
     shutil.copy(tmp_path / "sb" / "x.pth", tmp_path / "sb" / "y.pth")
     refused("scbert", tmp_path / "sb", "2 files of weights: x.pth, y.pth; give one of them as SRC")

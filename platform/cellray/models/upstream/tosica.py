@@ -17,7 +17,13 @@ import torch
 
 from cellray.core.errors import CheckpointError
 from cellray.data.vocab import Vocab
-from cellray.models.upstream._reading import as_text, find_file, read_tensors
+from cellray.models.upstream._reading import (
+    as_text,
+    find_file,
+    fitting,
+    one_of,
+    read_tensors,
+)
 from cellray.models.upstream.base import (
     Imported,
     Options,
@@ -191,9 +197,20 @@ def _read(path: Path, options: Options) -> Imported:
 
 
 def _latest(folder: Path) -> Path | None:
-    """The weights of the last epoch."""
-    found = {int(m[1]): p for p in folder.glob("*.pth") if (m := re.search(r"-(\d+)$", p.stem))}
-    return found[max(found)] if found else find_file(folder, ["*.pth"])
+    """The weights of the last epoch.
+
+    Raises:
+        CheckpointError: several files could be meant.
+    """
+    epochs = {
+        path: int(found[1])
+        for path in fitting(folder, ["*.pth"])
+        if (found := re.search(r"-(\d+)$", path.stem))
+    }
+    if not epochs:
+        return find_file(folder, ["*.pth"])
+    last = [path for path, epoch in epochs.items() if epoch == max(epochs.values())]
+    return one_of(last, "files of weights of the last epoch", "give one of them as SRC")
 
 
 def _vocab(
