@@ -64,9 +64,15 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("family", metavar="FAMILY", help="one of cellray.models")
     weights.add_argument("source", metavar="SRC", help="the published file or folder")
     weights.add_argument("target", metavar="DST", help="a folder that does not exist yet")
-    weights.add_argument("--genes", default="", help="gene list, if none lies beside the weights")
+    weights.add_argument(
+        "--genes", default="", help="gene list, if none, or several, lie beside the weights"
+    )
     weights.add_argument("--medians", default="", help="non-zero medians, likewise")
-    weights.add_argument("--labels", default="", help="class names in code order")
+    weights.add_argument(
+        "--labels",
+        default="",
+        help="class names in code order: JSON or pickle, a table (number, name), or one a line",
+    )
     weights.add_argument("--entry", default="", help="which of several models of a file")
     weights.add_argument("--heads", type=int, default=0, help="if the file does not say")
     weights.add_argument(

@@ -95,6 +95,9 @@ def test_geneformer_refuses_the_dictionary_of_another_generation(tmp_path):
     geneformer_folder(tmp_path / "v1", second=False)
     geneformer_folder(tmp_path / "v2", second=True)
     other = str(tmp_path / "v2" / "token_dictionary_gc104M.pkl")
+    with pytest.raises(CheckpointError, match="gc104M and '.*' of gc30M: both must be of the one"):
+        import_weights("geneformer", tmp_path / "v1", tmp_path / "out", genes=other)
+    other = str((tmp_path / "v2" / "token_dictionary_gc104M.pkl").rename(tmp_path / "tokens.pkl"))
     with pytest.raises(CheckpointError, match="44 tokens, the weights .* have 42: .* generation"):
         import_weights("geneformer", tmp_path / "v1", tmp_path / "out", genes=other)
     medians = tmp_path / "medians.json"

@@ -9,6 +9,7 @@ Legend: P gene sets, G genes of the vocabulary.
 from __future__ import annotations
 
 import gzip
+import zlib
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -46,8 +47,8 @@ def read_gmt(path: str) -> dict[str, list[str]]:
     try:
         raw = file.read_bytes()
         text = gzip.decompress(raw) if file.suffix == ".gz" else raw
-        return _parse(text.decode(), path)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        return _parse(text.decode("utf-8-sig"), path)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"'{path}' cannot be read as GMT: {error}") from error
 
 
@@ -100,7 +101,8 @@ def choose_gene_sets(
         Name -> ascending positions in the vocabulary.
 
     Raises:
-        DataError: none of the genes is in the vocabulary, or no set is left.
+        DataError: none of the genes is in the vocabulary, no set is left or none fits, or a set
+            has the name of one that is added.
     """
     names = list(dict.fromkeys(gene for genes in sets.values() for gene in genes))
     found = _positions(names, vocab)
@@ -116,6 +118,12 @@ def choose_gene_sets(
         for name, genes in sets.items()
         if len(genes) <= max_listed
     }
+    taken = [f"node {i}" for i in range(unannotated) if f"node {i}" in chosen]
+    if taken:
+        raise DataError(
+            f"'{source}' has a gene set '{taken[0]}', the name of a set of all genes that is added "
+            "(model.unannotated); rename it, or set model.unannotated = 0"
+        )
     everything = tuple(range(len(vocab)))
     chosen |= {f"node {i}": everything for i in range(unannotated)}
     kept = [name for name, members in chosen.items() if len(members) >= min_present]
@@ -126,6 +134,11 @@ def choose_gene_sets(
             "genes of the data; take other sets, or more genes (data.vocab_genes)"
         )
     sizes = np.array([len(chosen[name]) for name in kept])
+    if max_sets <= unannotated:
+        raise DataError(
+            f"model.max_sets = {max_sets} leaves no room for gene sets of '{source}' beside "
+            f"{unannotated} of all genes (model.unannotated)"
+        )
     largest = np.sort(np.argsort(sizes, kind="stable")[-max_sets:])
     return {kept[i]: chosen[kept[i]] for i in largest}
 

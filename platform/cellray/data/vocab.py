@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -224,5 +225,5 @@ class Vocab:
             raise DataError(f"no vocabulary file at '{path}'")
         try:
             return cls.from_dict(json.loads(gzip.decompress(file.read_bytes())))
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zlib.error) as error:
             raise DataError(f"'{path}' is not a cellray vocabulary: {error}") from error

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from cellray import __version__
 from cellray.core import registry
-from cellray.core.errors import CheckpointError, ConfigError, DataError
+from cellray.core.errors import CheckpointError, ConfigError
 from cellray.core.section import build_section, to_dict
 from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.models.base import family
-from cellray.models.upstream._reading import (
-    as_text,
-    find_file,
-    plain_numbers,
-    read_json,
-    read_plain_pickle,
+from cellray.models.upstream._gene_lists import (
+    generation,
+    read_gene_list,
+    read_labels,
+    read_medians,
+    read_symbols,
 )
-from cellray.models.upstream.base import GeneList, Imported, Options, revert, upstream
+from cellray.models.upstream._reading import fitting, one_of
+from cellray.models.upstream.base import Imported, Options, Upstream, revert, upstream
 from cellray.objectives.base import ObjectiveUnit
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint, write_checkpoint
 
 __all__ = ["ImportReport", "export_weights", "import_weights", "read_gene_list", "read_labels"]
-
-# Column names of gene tables: of ids or symbols, places, token ids, medians, symbols.
-_NAMES = ("token", "gene_id", "ensembl_id", "feature_id", "gene_name", "gene_symbol", "symbol")
-_PLACES, _TOKENS = ("index",), ("token_id",)
-_MEDIANS, _SYMBOLS = ("nonzero_median", "median"), ("symbol", "gene_symbol", "feature_name")
 
 
 @dataclass(frozen=True)
@@ -73,153 +65,31 @@ class ImportReport:
         return told + [f"note: {note}" for note in self.notes]
 
 
-def _table(path: Path) -> GeneList:
-    """A text file: a table with known column names, or one gene a line."""
-    text = as_text(path)
-    lines = [line for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"'{path}' lists no gene")
-    comma = "," in lines[0] and "\t" not in lines[0]
-    rows = list(csv.reader(io.StringIO("\n".join(lines)), delimiter="," if comma else "\t"))
-    header = [word.strip().lower() for word in rows[0]]
+def _beside(folder: Path, patterns: Sequence[str], what: str, option: str) -> Path | None:
+    """The one file of ``folder`` that fits, None if none does; several are refused."""
+    return one_of(fitting(folder, patterns), what, f"say which with {option}")
 
-    def column(wanted: Sequence[str]) -> int | None:
-        return next((header.index(name) for name in wanted if name in header), None)
 
-    name = column(_NAMES)
-    if name is None:
-        if len(rows[0]) > 1:
-            raise DataError(
-                f"'{path}' has the columns {', '.join(rows[0][:6])}; a gene table needs one of "
-                f"{', '.join(_NAMES)}, and a plain list one gene a line"
-            )
-        return GeneList(tuple(row[0].strip() for row in rows), source=str(path))
-    body = [row for row in rows[1:] if len(row) > name]
-    place, token = column(_PLACES), column(_TOKENS)
-    median, symbol = column(_MEDIANS), column(_SYMBOLS)
-    try:
-        if place is not None:
-            body = sorted(body, key=lambda row: int(row[place]))
-            if [int(row[place]) for row in body] != list(range(len(body))):
-                raise DataError(f"'{path}': the column 'index' is not 0 .. {len(body) - 1}")
-        names = tuple(row[name].strip() for row in body)
-        return GeneList(
-            names=names,
-            symbols=tuple(row[symbol] for row in body) if symbol not in (None, name) else (),
-            tokens={row[name]: int(row[token]) for row in body} if token is not None else None,
-            medians=(
-                {row[name]: float(row[median]) for row in body if row[median]}
-                if median is not None
-                else None
-            ),
-            source=str(path),
+def _symbol_file(folder: Path, patterns: Sequence[str], gene_file: Path) -> Path | None:
+    """The dictionary of symbols, of the gene file's generation where the names say it."""
+    wanted = generation(gene_file)
+    found = fitting(folder, patterns)
+    same = [path for path in found if wanted and generation(path) == wanted]
+    return one_of(same or found, "dictionaries of symbols", "leave one of them there")
+
+
+def _check_generations(genes: Path, medians: Path) -> None:
+    """Refuse dictionaries whose names say that they are of different corpora."""
+    ours, theirs = generation(genes), generation(medians)
+    if ours and theirs and ours != theirs:
+        raise CheckpointError(
+            f"'{genes}' is of the generation {ours} and '{medians}' of {theirs}: both must be of "
+            "the one that the weights were trained with; choose with --genes and --medians"
         )
-    except (ValueError, IndexError) as error:
-        raise DataError(f"'{path}' is no gene table: {error}") from error
-
-
-def _from_h5ad(path: Path) -> GeneList:
-    import anndata as ad
-
-    try:
-        var = ad.read_h5ad(path, backed="r").var
-    except (OSError, KeyError, ValueError) as error:
-        raise DataError(f"'{path}' cannot be read as h5ad: {error}") from error
-    symbol = next((name for name in _SYMBOLS if name in var), None)
-    symbols = () if symbol is None else tuple(var[symbol].astype(str))
-    return GeneList(tuple(var.index.astype(str)), symbols, source=str(path))
-
-
-def read_gene_list(path: str | Path, *, allow_code: bool = False) -> GeneList:
-    """The genes of a published model.
-
-    Args:
-        path: a token dictionary (JSON or pickle of name -> id), a table with column names
-            (``gene_name``, ``index``; ``token_id``, ``token``, ``nonzero_median``, ``symbol``), a
-            list of one gene a line, a ``.npy`` of names, an h5ad (its var index), or a cellray
-            vocabulary; text also as ``.gz``.
-        allow_code: see :func:`cellray.models.upstream._reading.read_plain_pickle`.
-
-    Raises:
-        DataError: the file is missing or is none of these.
-        CheckpointError: a pickle that holds code.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"no gene list at '{path}'")
-    if file.name.endswith(".json.gz"):
-        vocab = Vocab.load(file)
-        tokens = dict(zip(vocab.gene_ids, vocab.gene_tokens.tolist(), strict=True))
-        medians = None
-        if vocab.medians is not None:
-            medians = dict(zip(vocab.gene_ids, vocab.medians.tolist(), strict=True))
-        merged = {**tokens, **vocab.specials}
-        return GeneList(vocab.gene_ids, vocab.symbols, merged, medians, source=str(path))
-    if file.suffix == ".h5ad":
-        return _from_h5ad(file)
-    if file.suffix == ".npy":
-        try:
-            names = np.load(file, allow_pickle=False)
-        except ValueError as error:
-            raise DataError(f"'{path}' is no array of gene names: {error}") from error
-        return GeneList(tuple(str(name) for name in names), source=str(path))
-    if file.suffix in (".json", ".pkl", ".pickle"):
-        raw = (
-            read_json(file)
-            if file.suffix == ".json"
-            else read_plain_pickle(file, allow_code=allow_code)
-        )
-        if not isinstance(raw, Mapping):
-            return GeneList(tuple(str(name) for name in raw), source=str(path))
-        try:
-            tokens = {str(name): int(token) for name, token in raw.items()}
-        except (TypeError, ValueError) as error:
-            raise DataError(f"'{path}' is no dictionary of gene -> token id: {error}") from error
-        if not tokens:
-            raise DataError(f"'{path}' lists no gene")
-        return GeneList(tuple(tokens), tokens=tokens, source=str(path))
-    return _table(file)
-
-
-def _medians(path: Path, *, allow_code: bool) -> dict[str, float]:
-    if not path.is_file():
-        raise DataError(f"no file of medians at '{path}'")
-    if path.suffix == ".json":
-        return plain_numbers(read_json(path))
-    if path.suffix in (".pkl", ".pickle"):
-        return plain_numbers(read_plain_pickle(path, allow_code=allow_code))
-    found = _table(path).medians
-    if not found:
-        raise DataError(f"'{path}' has no column {' or '.join(_MEDIANS)}")
-    return dict(found)
-
-
-def read_labels(path: str | Path, *, allow_code: bool = False) -> tuple[str, ...]:
-    """Class names in code order: a JSON or pickle (list, or number -> name), or one a line.
-
-    Raises:
-        DataError: the file is missing.
-        CheckpointError: a pickle that holds code.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise DataError(f"no file of labels at '{path}'")
-    raw: Any
-    if file.suffix == ".json":
-        raw = json.loads(as_text(file))
-    elif file.suffix in (".pkl", ".pickle") or not file.suffix:
-        raw = read_plain_pickle(file, allow_code=allow_code)
-    else:
-        raw = [line.strip() for line in as_text(file).splitlines() if line.strip()]
-    if isinstance(raw, Mapping):
-        if all(isinstance(value, int | np.integer) for value in raw.values()):
-            raw = {code: name for name, code in raw.items()}
-        raw = [raw[key] for key in sorted(raw, key=int)]
-    return tuple(str(name) for name in raw)
 
 
 def _options(
-    name: str,
+    unit: Upstream,
     source: Path,
     *,
     genes: str,
@@ -230,34 +100,39 @@ def _options(
     allow_code: bool,
 ) -> Options:
     """What the user gave, and what lies beside the weights."""
-    unit = upstream(name)
     folder = source if source.is_dir() else source.parent
-    gene_file = Path(genes) if genes else find_file(folder, list(unit.gene_files))
+    gene_file = Path(genes) if genes else None
+    if gene_file is None:
+        gene_file = _beside(folder, unit.gene_files, "gene lists", "--genes")
     listed = None
     if gene_file is not None:
         listed = read_gene_list(gene_file, allow_code=allow_code)
-    median_file = Path(medians) if medians else find_file(folder, list(unit.median_files))
-    symbol_file = find_file(folder, list(unit.symbol_files))
-    if listed is not None and symbol_file is not None and not listed.symbols:
-        named = read_gene_list_pairs(symbol_file, allow_code=allow_code)
-        listed = replace(listed, symbols=tuple(named.get(gene, "") for gene in listed.names))
+    median_file = Path(medians) if medians else None
+    if median_file is None and (listed is None or not listed.medians):
+        median_file = _beside(folder, unit.median_files, "files of medians", "--medians")
+    if listed is not None and gene_file is not None:
+        if median_file is not None:
+            _check_generations(gene_file, median_file)
+        symbol_file = _symbol_file(folder, unit.symbol_files, gene_file)
+        if symbol_file is not None and not listed.symbols:
+            named = read_symbols(symbol_file, allow_code=allow_code)
+            listed = replace(listed, symbols=tuple(named.get(gene, "") for gene in listed.names))
     return Options(
         genes=listed,
         labels=read_labels(labels, allow_code=allow_code) if labels else (),
         entry=entry,
-        medians=None if median_file is None else _medians(median_file, allow_code=allow_code),
+        medians=None if median_file is None else read_medians(median_file, allow_code=allow_code),
         heads=heads,
         allow_code=allow_code,
     )
 
 
-def read_gene_list_pairs(path: Path, *, allow_code: bool) -> dict[str, str]:
-    """Id -> symbol, of a dictionary symbol -> id."""
-    if path.suffix == ".json":
-        raw: Mapping[Any, Any] = read_json(path)
-    else:
-        raw = read_plain_pickle(path, allow_code=allow_code)
-    return {str(gene): str(symbol) for symbol, gene in raw.items()}
+def _check_used(name: str, unit: Upstream, given: Mapping[str, object]) -> None:
+    """Refuse options that files of this family have no use for."""
+    idle = [f"--{option}" for option, value in given.items() if value and option not in unit.takes]
+    if idle:
+        known = ", ".join(f"--{option}" for option in ("genes", *unit.takes))
+        raise ConfigError(f"{name} has no use for {', '.join(idle)}; it takes {known}")
 
 
 def _manifest(name: str, found: Imported, source: str) -> Manifest:
@@ -294,13 +169,23 @@ def _check_whole(manifest: Manifest, vocab: Vocab, weights: Mapping[str, torch.T
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     unset = sorted(set(own) - set(weights))
     extra = sorted(set(weights) - set(shapes))
+    whole = [
+        f"{name} {value.dtype}".replace("torch.", "")
+        for name, value in weights.items()
+        if name in own and not value.is_floating_point()
+    ]
     wrong = [
         f"{name} {tuple(value.shape)} for {shapes[name]}"
         for name, value in weights.items()
         if name in shapes and tuple(value.shape) != shapes[name]
     ]
     problems = []
-    for kind, names in (("unset", unset), ("without a place", extra), ("of another size", wrong)):
+    for kind, names in (
+        ("unset", unset),
+        ("without a place", extra),
+        ("of another size", wrong),
+        ("of integers where the model has fractions", whole),
+    ):
         if names:
             problems.append(f"{len(names)} {kind}: {', '.join(names[:8])}")
     if problems:
@@ -335,17 +220,21 @@ def import_weights(
 
     Raises:
         CellrayError: the file is missing, of another family or size, truncated or holds code; the
-            genes are of another generation; or a key is left over or missing (all are listed).
-            Nothing is written then.
+            genes are of another generation, or several files could be meant; a key is left over,
+            missing (all are listed) or not finite; or an option is of no use. Nothing is written
+            then.
     """
     path, out = Path(source), Path(target)
     adapter = upstream(name)
     if not path.exists():
         raise CheckpointError(f"nothing at '{source}'; {name} is read from {adapter.formats}")
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"'{target}' exists; name a folder that does not")
+    _check_used(
+        name, adapter, {"medians": medians, "labels": labels, "entry": entry, "heads": heads}
+    )
     options = _options(
-        name,
+        adapter,
         path,
         genes=genes,
         medians=medians,
@@ -355,17 +244,15 @@ def import_weights(
         allow_code=allow_code,
     )
     found = adapter.read(path, options)
+    if labels and not found.classes:
+        raise ConfigError(f"'{source}' has no classifier that --labels could name; leave it out")
     manifest = _manifest(name, found, str(source))
     count = _check_whole(manifest, found.vocab, found.weights)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_of(manifest, found.vocab)
     model.load_state_dict({**model.state_dict(), **found.weights})
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_checkpoint(partial, manifest, vocab=found.vocab, weights=model.state_dict())
-    os.replace(partial, out)
+    _write(out, manifest, found.vocab, model.state_dict())
     taken = {key for rule in found.rules for key in rule.theirs}
     return ImportReport(
         target=str(target),
@@ -374,15 +261,44 @@ def import_weights(
         num_tensors=len(taken),
         ignored=found.ignored,
         num_genes=len(found.vocab),
-        notes=found.notes,
+        notes=(*found.notes, *_unnamed(found, options)),
     )
+
+
+def _unnamed(found: Imported, options: Options) -> list[str]:
+    """A note on classes that are called by their numbers."""
+    numbers = tuple(str(number) for number in range(len(found.classes)))
+    if options.labels or not numbers or found.classes != numbers:
+        return []
+    return [
+        f"nothing names the classes ({len(numbers)}): they are called by their numbers, as the "
+        "classifier orders them; name them with --labels"
+    ]
+
+
+def _write(
+    out: Path, manifest: Manifest, vocab: Vocab, weights: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a checkpoint whole or not at all; what lies beside it is left alone."""
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"'{out}' cannot be written: {error}") from error
+    try:
+        write_checkpoint(partial, manifest, vocab=vocab, weights=weights)
+        os.replace(partial, out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def export_weights(path: str | Path) -> dict[str, torch.Tensor]:
     """A checkpoint's weights under the names its family publishes them with.
 
     What published files hold besides (configuration, optimizer) is not made up. Keys that are
-    derived from others (a tied decoder, a mask) are not all written.
+    derived from others (a tied decoder, a mask) are not all written. Parts that published models
+    do not have (embeddings of conditions) are left out with a warning.
     """
     manifest, vocab, weights = read_checkpoint(path)
     model = dict(manifest.model)
@@ -391,4 +307,15 @@ def export_weights(path: str | Path) -> dict[str, torch.Tensor]:
         model["num_domains"] = len({name.split("norms.")[1].split(".")[0] for name in names})
     adapter = upstream(manifest.family)
     rules = adapter.rules(model, len(manifest.classes), vocab, manifest.classes_of)
+    placed = {ours for rule in rules for ours in rule.ours}
+    # The mask and its like are made from the configuration; only what was learnt can be lost.
+    with torch.device("meta"):
+        learnt = dict(model_of(manifest, vocab).named_parameters())
+    lost = sorted(set(learnt) - placed)
+    if lost:
+        warnings.warn(
+            f"{len(lost)} tensors of '{path}' have no published name and are left out: "
+            f"{', '.join(lost[:8])}",
+            stacklevel=2,
+        )
     return revert(weights, rules)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +19,10 @@ import torch
 from cellray.core.batch import CellBatch
 from cellray.core.blocks import CellBlock, TokenBlock
 from cellray.core.errors import CheckpointError, DataError
+from cellray.core.section import build_section
 from cellray.data.collate import collate_tokens
-from cellray.data.tokens import make_tokenizer, tokenise_content
+from cellray.data.stats import VocabCoverage, check_coverage
+from cellray.data.tokens import make_tokenizer, tokenise_content, tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.models.base import (
     CellClassifier,
@@ -34,6 +37,9 @@ from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 __all__ = ["UNASSIGNED", "LoadedModel", "block_of", "load"]
 
 UNASSIGNED = "Unassigned"  # the label of a cell that no class is sure of
+
+# Cells with fewer of the model's genes (a selection of variable ones) are worth a word.
+MIN_GENE_FRACTION = 0.25
 
 F32 = npt.NDArray[np.float32]
 
@@ -53,6 +59,13 @@ def block_of(adata: ad.AnnData, vocab: Vocab, *, layer: str | None = None) -> Ce
     Raises:
         DataError: counts that are not raw, or no gene in common with the vocabulary.
     """
+    return _covered_block(adata, vocab, layer)[0]
+
+
+def _covered_block(
+    adata: ad.AnnData, vocab: Vocab, layer: str | None
+) -> tuple[CellBlock, VocabCoverage]:
+    """The block of :func:`block_of`, and how much of the cells the vocabulary knows."""
     matrix = _counts(adata, layer)
     _check_raw(matrix.data)
     genes = _match(adata.var, vocab)
@@ -63,14 +76,24 @@ def block_of(adata: ad.AnnData, vocab: Vocab, *, layer: str | None = None) -> Ce
     chosen = sp.csr_matrix(matrix[:, order])
     chosen.eliminate_zeros()
     chosen.sort_indices()
-    _check_loss(float(chosen.sum()), float(library.sum()), len(order), vocab)
-    return CellBlock(
+    matched, total = float(chosen.sum()), float(library.sum())
+    _check_loss(matched, total, len(order), vocab)
+    covered = VocabCoverage(
+        genes_in_store=adata.n_vars,
+        genes_matched=len(order),
+        count_fraction=matched / total if total else 1.0,
+        cells_sampled=adata.n_obs,
+        example_ids=tuple(str(name) for name in adata.var_names[:3]),
+        genes_per_cell=tuple(np.diff(chosen.indptr).tolist()),
+    )
+    block = CellBlock(
         joinids=np.arange(adata.n_obs, dtype=np.int64),
         indptr=chosen.indptr.astype(np.int64),
         genes=genes[order][chosen.indices].astype(np.int32),
         counts=chosen.data.astype(np.float32),
         library_sizes=library,
     )
+    return block, covered
 
 
 def _counts(adata: Any, layer: str | None) -> sp.csr_matrix:
@@ -216,6 +239,11 @@ class LoadedModel:
         Raises:
             CheckpointError: the model has no classifier.
         """
+        if isinstance(self.model, GeneClassifier):
+            raise CheckpointError(
+                f"'{self.path}' classifies the genes of a cell, not cells; for labels of cells "
+                "fine-tune it: cellray finetune (init_from takes it)"
+            )
         if not isinstance(self.model, CellClassifier):
             raise CheckpointError(
                 f"'{self.path}' has no classifier; fine-tune it first: cellray finetune"
@@ -228,8 +256,24 @@ class LoadedModel:
         return result
 
     def tokens(self, adata: ad.AnnData, *, layer: str | None = None) -> TokenBlock:
-        """Tokenise the cells of an AnnData."""
-        return tokenise_content(self.tokenizer, block_of(adata, self.vocab, layer=layer))
+        """Tokenise the cells of an AnnData; warns of what the model will not see of them."""
+        block, covered = _covered_block(adata, self.vocab, layer)
+        for remark in self._remarks(covered):
+            warnings.warn(remark, stacklevel=3)
+        return tokenise_content(self.tokenizer, block)
+
+    def _remarks(self, covered: VocabCoverage) -> list[str]:
+        """What is lost of cells: genes the model does not know, genes it misses, cut cells."""
+        remarks = check_coverage(covered, self.vocab)
+        if covered.genes_matched < MIN_GENE_FRACTION * len(self.vocab):
+            remarks.append(
+                f"{len(self.vocab) - covered.genes_matched:,} of the model's {len(self.vocab):,} "
+                "genes are not among the genes of the cells: to the model they are not expressed"
+            )
+        unit = tokenizer_unit(self.manifest.tokenizer["name"])
+        limit = unit.max_genes(build_section(unit.config, self.manifest.tokenizer))
+        cut = covered.longer_than(limit, unit.when_longer)
+        return [*remarks, cut] if cut else remarks
 
     def covariates_of(self, obs: pd.DataFrame) -> dict[str, npt.NDArray[np.int64]]:
         """Codes of the covariates the model was trained with, (N,) each, from columns of obs.
@@ -251,6 +295,8 @@ class LoadedModel:
 
     def embed(self, adata: ad.AnnData, *, layer: str | None = None) -> F32:
         """Zero-shot cell embeddings, (N, D); ``obs`` gives the model's covariates, if it has any.
+
+        Warns where many counts or genes are lost, and where cells are longer than is kept.
 
         Raises:
             DataError: counts that are not raw, genes of another organism, or missing covariates.

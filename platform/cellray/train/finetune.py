@@ -17,7 +17,7 @@ from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.infer.embed import embed_cells
 from cellray.infer.load import LoadedModel, load
-from cellray.models.base import CellClassifier, ModelConfig, begin
+from cellray.models.base import CellClassifier, GeneClassifier, ModelConfig, begin
 from cellray.tasks.base import Split, Targets, Task, task
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 from cellray.train.job import TrainJob, check_job
@@ -163,6 +163,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         data_fingerprint=data.fingerprint,
         covariates=data.covariates,
         classes=list(targets.classes),
+        classes_of="cell",  # also where the checkpoint classified genes
         step=0,
         cursor={},
         metrics={},
@@ -201,7 +202,7 @@ def _genes_chosen(run: FinetuneRun, source: Manifest) -> bool:
 def _check_needs(unit: Task, manifest: Manifest, vocab: Vocab) -> None:
     with torch.device("meta"):
         model = model_of(manifest, vocab)
-    backbone = model.backbone if isinstance(model, CellClassifier) else model
+    backbone = model.backbone if isinstance(model, CellClassifier | GeneClassifier) else model
     lacking = [need.__name__ for need in unit.needs if not isinstance(backbone, need)]
     if lacking:
         raise ConfigError(

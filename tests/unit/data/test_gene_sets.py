@@ -52,6 +52,16 @@ def test_sets_without_a_gene_in_the_data_say_what_both_sides_look_like():
         choose_gene_sets({"A": ["S1"]}, vocab(), **CHOICE)
 
 
+def test_sets_that_would_be_replaced_or_crowded_out_are_refused():
+    sets = {"A": ["S1", "S2"], "node 0": ["S3", "S4"]}
+    with pytest.raises(DataError, match="has a gene set 'node 0', the name of a set of all genes"):
+        choose_gene_sets(sets, vocab(), **CHOICE)
+    kept = choose_gene_sets(sets, vocab(), **{**CHOICE, "unannotated": 0})
+    assert kept == {"A": (1, 2), "node 0": (3, 4)}
+    with pytest.raises(DataError, match="model.max_sets = 1 leaves no room for gene sets"):
+        choose_gene_sets({"A": ["S1", "S2"]}, vocab(), **{**CHOICE, "max_sets": 1})
+
+
 def test_gmt_files_that_are_none_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="no GMT file at 'hallmrk'. Did you mean 'hallmark'"):
         read_gmt("hallmrk")
@@ -65,9 +75,15 @@ def test_gmt_files_that_are_none_are_refused(tmp_path):
             read_gmt(str(tmp_path / "x.gmt"))
     (tmp_path / "x.gmt.gz").write_bytes(gzip.compress(b"A\tx\tS1\tS2\n"))
     assert read_gmt(str(tmp_path / "x.gmt.gz")) == {"A": ["S1", "S2"]}
-    (tmp_path / "y.gmt.gz").write_bytes(b"no gzip")
-    with pytest.raises(DataError, match="cannot be read as GMT"):
-        read_gmt(str(tmp_path / "y.gmt.gz"))
+    long = "A\tx\t" + "\t".join(f"S{i * 7919 % 1009}" for i in range(200))
+    torn = bytearray(gzip.compress(long.encode()))
+    torn[40:60] = b"\x55" * 20
+    for data in (b"no gzip", bytes(torn)):
+        (tmp_path / "y.gmt.gz").write_bytes(data)
+        with pytest.raises(DataError, match="cannot be read as GMT"):
+            read_gmt(str(tmp_path / "y.gmt.gz"))
+    (tmp_path / "z.gmt").write_bytes("\ufeffA\tx\tS1\n".encode())
+    assert list(read_gmt(str(tmp_path / "z.gmt"))) == ["A"]  # without the byte order mark
 
 
 def test_tosicas_reactome_file_gives_300_sets():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from cellray.core import registry
-from cellray.core.errors import CheckpointError
+from cellray.core.errors import CheckpointError, ConfigError, did_you_mean
 from cellray.data.vocab import Vocab
 
 __all__ = [
@@ -26,10 +26,13 @@ __all__ = [
     "Rule",
     "Upstream",
     "convert",
+    "demand",
+    "renamed",
     "revert",
     "same",
     "stacked",
     "strip_prefix",
+    "tensors_of",
     "upstream",
 ]
 
@@ -129,6 +132,59 @@ def strip_prefix(weights: Weights, prefix: str) -> dict[str, Tensor]:
     return dict(weights)
 
 
+def renamed(weights: Weights, rename: Callable[[str], str], where: str) -> dict[str, Tensor]:
+    """The tensors under other names.
+
+    Raises:
+        CheckpointError: two of their names become one.
+    """
+    origin: dict[str, str] = {}
+    for name in weights:
+        other = origin.setdefault(rename(name), name)
+        if other != name:
+            raise CheckpointError(
+                f"{where} names one tensor twice, '{other}' and '{name}': which one is the model's "
+                "cannot be told; save the file with one of them"
+            )
+    return {new: weights[name] for new, name in origin.items()}
+
+
+def tensors_of(raw: Mapping[Any, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a table, and what else it holds: name -> what it is."""
+    tensors = {str(name): value for name, value in raw.items() if isinstance(value, Tensor)}
+    others = {
+        str(name): f"{type(value).__name__}, no tensor"
+        for name, value in raw.items()
+        if not isinstance(value, Tensor)
+    }
+    return tensors, others
+
+
+def demand(weights: Weights, names: Sequence[str], where: str, *, axes: int = 0) -> None:
+    """Refuse weights without tensors that tell the model's sizes.
+
+    Args:
+        weights: the published tensors.
+        names: those that must be there.
+        where: the file, for messages.
+        axes: how many axes they must have; 0 for any.
+
+    Raises:
+        CheckpointError: some are missing, or have more or fewer axes; they are listed.
+    """
+    lacking = [name for name in names if name not in weights]
+    if lacking:
+        raise CheckpointError(
+            f"{where} does not fit: tensors are missing: {', '.join(lacking)}; it holds "
+            f"{listed(sorted(weights))}"
+        )
+    odd = [f"{name} {tuple(weights[name].shape)}" for name in names if weights[name].ndim != axes]
+    if axes and odd:
+        raise CheckpointError(
+            f"{where} does not fit: tensors without {axes} axes: {', '.join(odd)}"
+        )
+
+
 @dataclass(frozen=True)
 class Imported:
     """A published model under our names.
@@ -173,6 +229,7 @@ class Upstream:
         gene_files: names that the gene list may have beside the weights.
         median_files: the same of a file of medians.
         symbol_files: the same of a dictionary of symbols.
+        takes: options that files of this family may need besides ``genes`` and ``allow_code``.
     """
 
     formats: str
@@ -182,6 +239,7 @@ class Upstream:
     gene_files: tuple[str, ...] = ()
     median_files: tuple[str, ...] = ()
     symbol_files: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
 
 
 def upstream(name: str) -> Upstream:
@@ -190,6 +248,12 @@ def upstream(name: str) -> Upstream:
     Raises:
         ConfigError: there is no such family.
     """
+    known = registry.names("cellray.models.upstream")
+    if ":" not in name and name not in known:
+        raise ConfigError(
+            f"no family '{name}' whose published weights can be read.{did_you_mean(name, known)} "
+            f"Allowed: {', '.join(known)}, or 'module.path:UPSTREAM' for your own"
+        )
     found: Upstream = registry.find("cellray.models.upstream", name, "UPSTREAM")
     return found
 
@@ -209,7 +273,7 @@ def _kin(keys: Sequence[str]) -> str:
     return ""
 
 
-def check_kind(weights: Mapping[str, Any], signature: str, where: str, *, raw: Any = None) -> None:
+def check_kind(weights: Weights, signature: str, where: str, *, raw: Any = None) -> None:
     """Refuse a file whose keys show that it is of another family, or no model at all.
 
     Args:
@@ -219,14 +283,32 @@ def check_kind(weights: Mapping[str, Any], signature: str, where: str, *, raw: A
         raw: all that the file holds, nested as it is.
 
     Raises:
-        CheckpointError: no key has the family's signature.
+        CheckpointError: no key has the family's signature, or tensors are of a kind that no
+            published model has (sparse, complex, without values).
     """
     if not any(re.search(signature, name) for name in weights):
-        keys = sorted(_names(weights if raw is None else raw))
+        table = weights if raw is None else raw
+        keys = sorted(_names(table))
+        for name, value in table.items():
+            if any(re.search(signature, key) for key in _names(value)):
+                raise CheckpointError(
+                    f"{where} keeps its tensors one level down, in '{name}', and published files "
+                    f"do not: save what is in '{name}' as a file of its own"
+                )
         raise CheckpointError(
             f"{where} is not a published checkpoint of this family.{_kin(keys)} It holds "
             f"{listed(keys) or 'nothing'}"
         )
+    odd = [
+        f"{name} ({tensor.dtype}, {tensor.layout}, {tensor.device})".replace("torch.", "")
+        for name, tensor in weights.items()
+        if tensor.is_complex()
+        or tensor.is_quantized
+        or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+    ]
+    if odd:
+        raise CheckpointError(f"{where} holds tensors that are no plain numbers: {listed(odd)}")
 
 
 def _names(raw: Any, depth: int = 0) -> set[str]:
@@ -254,17 +336,20 @@ def convert(
         Our name -> tensor, float32 where it is a float; their key -> reason.
 
     Raises:
-        CheckpointError: keys that no rule takes, or keys that are missing; both are listed.
+        CheckpointError: keys that no rule takes, keys that are missing, or values that are not
+            finite; they are listed.
     """
     taken: set[str] = set()
     ours: dict[str, Tensor] = {}
     missing: list[str] = []
+    broken: list[str] = []
     for rule in rules:
         absent = [name for name in rule.theirs if name not in weights]
         taken.update(name for name in rule.theirs if name in weights)
         if absent:
             missing += [] if rule.optional else absent
             continue
+        broken += [n for n in rule.theirs if not bool(torch.isfinite(_plain(weights[n])).all())]
         made = rule.forth([weights[name] for name in rule.theirs])
         ours |= dict(zip(rule.ours, (_plain(tensor) for tensor in made), strict=True))
     left = sorted(set(weights) - taken)
@@ -273,8 +358,10 @@ def convert(
         for key in left
     }
     unknown = [key for key, why in reasons.items() if not why]
-    if unknown or missing:
+    if unknown or missing or broken:
         problems = []
+        if broken:
+            problems.append(f"{len(broken)} tensors hold NaN or infinity: {listed(broken)}")
         if missing:
             problems.append(f"{len(missing)} tensors are missing: {listed(missing)}")
         if unknown:
@@ -300,7 +387,7 @@ def class_names(given: Sequence[str], count: int, where: str) -> tuple[str, ...]
     """The names of ``count`` classes: those that were given, or their numbers.
 
     Raises:
-        CheckpointError: another number of names was given.
+        CheckpointError: another number of names was given, or a name twice.
     """
     if not given:
         return tuple(str(number) for number in range(count))
@@ -309,6 +396,9 @@ def class_names(given: Sequence[str], count: int, where: str) -> tuple[str, ...]
             f"{where} has a classifier of {count} classes, and {len(given)} labels were given: "
             f"{listed(list(given))}; give one a class, in code order"
         )
+    twice = sorted({name for name in given if given.count(name) > 1})
+    if twice:
+        raise CheckpointError(f"the labels of {where} have a name twice: {listed(twice)}")
     return tuple(given)
 
 

@@ -7,6 +7,7 @@ gc104M, with ``<cls>`` and ``<eos>``) have different dictionaries, which must no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from cellray.core.errors import CheckpointError
 from cellray.data.vocab import Vocab
 from cellray.models.upstream._reading import find_file, read_json, read_tensors
+from cellray.models.upstream._settings import allowed, decimal, whole
 from cellray.models.upstream.base import (
     GeneList,
     Imported,
@@ -26,9 +28,12 @@ from cellray.models.upstream.base import (
     check_kind,
     class_names,
     convert,
+    demand,
     needed,
     same,
     stacked,
+    strip_prefix,
+    tensors_of,
 )
 
 __all__ = ["UPSTREAM"]
@@ -38,7 +43,7 @@ _SIGNATURE = r"(^|\.)embeddings\.word_embeddings\.weight$"
 _NORM = ("weight", "bias")
 _IGNORED = {
     r"bert\.embeddings\.position_ids": "a counter, 0 .. P - 1",
-    r"bert\.pooler\.dense\.(weight|bias)": "a pooler without a classifier is not trained",
+    r"bert\.pooler\.dense\.(weight|bias)": "nothing that was trained reads this pooler",
 }
 
 
@@ -115,6 +120,11 @@ def _vocab(genes: GeneList, options: Options, *, rows: int, where: str) -> Vocab
             raise CheckpointError(
                 f"'{genes.source}' has no special token '{name}'; it has {sorted(specials)}"
             )
+    if ("<cls>" in specials) != ("<eos>" in specials):
+        raise CheckpointError(
+            f"'{genes.source}' has one of '<cls>' and '<eos>' only; the dictionaries of V2 have "
+            f"both, those of V1 none. It has {sorted(specials)}"
+        )
     names = sorted((n for n in tokens if n not in specials), key=lambda n: tokens[n])
     ids = [tokens[name] for name in names]
     if sorted([*ids, *specials.values()]) != list(range(rows)):
@@ -130,6 +140,12 @@ def _vocab(genes: GeneList, options: Options, *, rows: int, where: str) -> Vocab
         raise CheckpointError(
             f"the medians lack {len(without)} of the {len(names)} genes of '{genes.source}', e.g. "
             f"{', '.join(without[:3])}: they are of another generation"
+        )
+    bad = [name for name in names if not 0 < medians[name] < math.inf]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} medians are not above 0, e.g. {bad[0]} with {medians[bad[0]]}: non-zero "
+            "medians divide the counts"
         )
     symbols = dict(zip(genes.names, genes.symbols, strict=True)) if genes.symbols else {}
     return Vocab(
@@ -149,53 +165,99 @@ def _config(raw: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -
         "ffn_width": "intermediate_size",
         "max_positions": "max_position_embeddings",
     }
+    where = f"config.json of {where}"
     lacking = [name for name in keys.values() if name not in raw]
     if lacking:
-        raise CheckpointError(f"config.json of {where} has no {', '.join(lacking)}")
-    model: dict[str, Any] = {ours: int(raw[theirs]) for ours, theirs in keys.items()}
-    model["dropout"] = float(raw.get("hidden_dropout_prob", 0.0))
-    model["attention_dropout"] = float(raw.get("attention_probs_dropout_prob", model["dropout"]))
-    activation = str(raw.get("hidden_act", "relu"))
-    if activation not in ("relu", "gelu"):
-        raise CheckpointError(f"{where} has hidden_act '{activation}'; relu and gelu are known")
-    model["activation"] = activation
-    model["layer_norm_eps"] = float(raw.get("layer_norm_eps", 1e-12))
+        raise CheckpointError(f"{where} has no {', '.join(lacking)}")
+    allowed(raw, "model_type", ("bert",), where)
+    allowed(raw, "position_embedding_type", ("absolute",), where)
+    allowed(raw, "hidden_act", ("relu", "gelu"), where)
+    allowed(raw, "is_decoder", (False,), where)
+    if "classifier.weight" in weights:
+        allowed(raw, "problem_type", (None, "single_label_classification"), where)
+    model: dict[str, Any] = {ours: whole(raw, theirs, None, where) for ours, theirs in keys.items()}
+    model["dropout"] = decimal(raw, "hidden_dropout_prob", 0.0, where)
+    model["attention_dropout"] = decimal(
+        raw, "attention_probs_dropout_prob", model["dropout"], where
+    )
+    model["activation"] = str(raw.get("hidden_act", "relu"))
+    model["layer_norm_eps"] = decimal(raw, "layer_norm_eps", 1e-12, where)
     model["masked_head"] = "cls.predictions.bias" in weights
     return model
 
 
-def _labels(raw: Mapping[str, Any], options: Options, count: int) -> Sequence[str]:
-    """Names that were given, or those of config.json where they are of this many classes."""
+def _labels(
+    raw: Mapping[str, Any], options: Options, count: int, where: str
+) -> tuple[Sequence[str], list[str]]:
+    """Names that were given, or those of config.json where they are of this many classes.
+
+    Returns:
+        The names, and what a user should know.
+    """
     table = raw.get("id2label")
-    if options.labels or not isinstance(table, dict) or len(table) != count:
-        return options.labels
-    return [str(table[key]) for key in sorted(table, key=int)]
+    if options.labels or not isinstance(table, dict):
+        return options.labels, []
+    if len(table) != count:
+        told = f"config.json names {len(table)} classes, the classifier has {count}: left out"
+        return (), [told]
+    if set(table) != {str(number) for number in range(count)}:
+        raise CheckpointError(
+            f"config.json of {where}: id2label numbers its classes {', '.join(sorted(table)[:8])}; "
+            f"they are 0 .. {count - 1}, each once"
+        )
+    return [str(table[str(number)]) for number in range(count)], []
+
+
+def _classes_of(raw: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """What a classifier judges: as config.json says, else by whether it has a pooler."""
+    names = raw.get("architectures")
+    told = names if isinstance(names, list) else []
+    if "BertForTokenClassification" in told:
+        return "gene"
+    if "BertForSequenceClassification" in told:
+        return "cell"
+    return "cell" if "bert.pooler.dense.weight" in weights else "gene"
+
+
+def _weights(path: Path, options: Options, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file or folder under the names of ``BertFor...``, and what else it holds."""
+    file = path
+    if path.is_dir():
+        found = find_file(path, ["model.safetensors", "pytorch_model.bin"])
+        if found is None:
+            raise CheckpointError(f"{where} has no model.safetensors and no pytorch_model.bin")
+        file = found
+    held = read_tensors(file, allow_code=options.allow_code)
+    tensors, others = tensors_of(held)
+    weights = strip_prefix(tensors, "module.")
+    check_kind(weights, _SIGNATURE, where, raw=held)
+    if not any(name.startswith("bert.") for name in weights):
+        weights = {f"bert.{name}": value for name, value in weights.items()}
+    demand(weights, ["bert.embeddings.word_embeddings.weight"], where, axes=2)
+    _check_tied(weights, where)
+    return weights, others
 
 
 def _read(path: Path, options: Options) -> Imported:
     folder = path if path.is_dir() else path.parent
     where = f"'{path}'"
-    file = find_file(folder, ["model.safetensors", "pytorch_model.bin"]) if path.is_dir() else path
-    if file is None:
-        raise CheckpointError(f"{where} has no model.safetensors and no pytorch_model.bin")
+    weights, others = _weights(path, options, where)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{where} has no config.json, which says how many heads there are")
     raw = read_json(folder / "config.json")
-    weights = read_tensors(file, allow_code=options.allow_code)
-    check_kind(weights, _SIGNATURE, where)
-    if not any(name.startswith("bert.") for name in weights):
-        weights = {f"bert.{name}": value for name, value in weights.items()}
-    _check_tied(weights, where)
     model = _config(raw, weights, where)
     rows = int(weights["bert.embeddings.word_embeddings.weight"].shape[0])
     vocab = _vocab(needed(options, "the token dictionary"), options, rows=rows, where=where)
+    allowed(raw, "pad_token_id", (vocab.pad,), f"config.json of {where}")
     second = "<cls>" in vocab.specials
     classes: tuple[str, ...] = ()
     classes_of = "cell"
+    notes: list[str] = []
     if "classifier.weight" in weights:
         count = int(weights["classifier.weight"].shape[0])
-        classes = class_names(_labels(raw, options, count), count, where)
-        classes_of = "cell" if "bert.pooler.dense.weight" in weights else "gene"
+        labels, notes = _labels(raw, options, count, where)
+        classes = class_names(labels, count, where)
+        classes_of = _classes_of(raw, weights)
     # A sequence classifier reads the first token, with or without <cls>.
     first = second or (bool(classes) and classes_of == "cell")
     model["cell_embedding"] = "cls" if first else "mean"
@@ -209,9 +271,10 @@ def _read(path: Path, options: Options) -> Imported:
         vocab=vocab,
         weights=ours,
         rules=rules,
-        ignored=ignored,
+        ignored=ignored | others,
         classes=classes,
         classes_of=classes_of,
+        notes=tuple(notes),
     )
 
 
@@ -224,4 +287,5 @@ UPSTREAM = Upstream(
     gene_files=("token_dictionary*.pkl", "token_dictionary*.json"),
     median_files=("gene_median_dictionary*.pkl", "gene_median_dictionary*.json"),
     symbol_files=("gene_name_id_dict*.pkl", "gene_name_id_dict*.json"),
+    takes=("medians", "labels"),
 )

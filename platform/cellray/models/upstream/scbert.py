@@ -24,10 +24,12 @@ from cellray.models.upstream.base import (
     check_kind,
     class_names,
     convert,
+    demand,
     needed,
     same,
     stacked,
     strip_prefix,
+    tensors_of,
 )
 
 __all__ = ["UPSTREAM", "performer_rules"]
@@ -102,13 +104,12 @@ def _read(path: Path, options: Options) -> Imported:
         raise CheckpointError(f"{where} has no .pth file")
     raw = read_tensors(file, allow_code=options.allow_code)
     inner = raw.get(_STATE)
-    weights = strip_prefix(inner if isinstance(inner, Mapping) else raw, "module.")
-    weights = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    state = inner if isinstance(inner, Mapping) else raw
+    nested = state is not raw
+    tensors, others = tensors_of(state)
+    weights = strip_prefix(tensors, "module.")
     check_kind(weights, _SIGNATURE, where, raw=raw)
-    wanted = ["token_emb.weight", "pos_emb.emb.weight"]
-    lacking = [name for name in wanted if name not in weights]
-    if lacking:
-        raise CheckpointError(f"{where} does not fit: tensors are missing: {', '.join(lacking)}")
+    demand(weights, ["token_emb.weight", "pos_emb.emb.weight"], where, axes=2)
     genes = needed(options, "the gene symbols (panglao_10000.h5ad, or a list, one a line)")
     places = int(weights["pos_emb.emb.weight"].shape[0])
     if len(genes.names) + 1 != places:
@@ -130,8 +131,11 @@ def _read(path: Path, options: Options) -> Imported:
     )
     rules = _rules(model, len(classes), vocab, "cell")
     ours, ignored = convert(weights, rules, ignore={}, where=where)
-    beside = sorted(name for name in raw if name != _STATE) if isinstance(inner, Mapping) else []
+    ignored |= {f"{_STATE}.{name}" if nested else name: why for name, why in others.items()}
+    beside = sorted(str(name) for name in raw if name != _STATE) if nested else []
     ignored |= dict.fromkeys(beside, "of the training run, not of the model")
+    table = weights["pos_emb.emb.weight"]
+    rounded = bool((table.to(torch.float32).to(table.dtype) != table).any())
     return Imported(
         model=model,
         tokenizer={"name": "panel", "num_bins": model["num_bins"]},
@@ -141,6 +145,7 @@ def _read(path: Path, options: Options) -> Imported:
         rules=rules,
         ignored=ignored,
         classes=classes,
+        notes=("the gene table has more digits than float32: it was rounded",) if rounded else (),
     )
 
 
@@ -152,9 +157,7 @@ def _config(weights: Mapping[str, Tensor], where: str) -> dict[str, Any]:
         f"{first}.0.fn.to_q.weight",
         f"{first}.1.fn.fn.w1.weight",
     ]
-    lacking = [name for name in names if name not in weights]
-    if lacking:
-        raise CheckpointError(f"{where} does not fit: tensors are missing: {', '.join(lacking)}")
+    demand(weights, names, where, axes=2)
     features, queries, inner = (weights[name] for name in names)
     return {
         "width": int(weights["token_emb.weight"].shape[1]),
@@ -174,4 +177,5 @@ UPSTREAM = Upstream(
     read=_read,
     rules=_rules,
     gene_files=("panglao*.h5ad", "genes.txt"),
+    takes=("labels",),
 )

@@ -17,6 +17,7 @@ import torch
 from cellray.core.errors import CheckpointError, ConfigError, did_you_mean
 from cellray.data.vocab import Vocab
 from cellray.models.upstream._reading import find_file, read_tensors
+from cellray.models.upstream._settings import agree, decimal, whole
 from cellray.models.upstream.base import (
     Imported,
     Options,
@@ -24,9 +25,12 @@ from cellray.models.upstream.base import (
     Upstream,
     check_kind,
     convert,
+    demand,
     needed,
+    renamed,
     same,
     strip_prefix,
+    tensors_of,
 )
 from cellray.models.upstream.scbert import performer_rules
 
@@ -80,44 +84,73 @@ def _row(tensors: Any) -> tuple[Tensor, ...]:
 
 def _entry(
     raw: Mapping[str, Any], wanted: str, where: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Configuration and weights of one entry, or of a file that is an entry itself."""
-    if "state_dict" in raw:
-        return dict(raw.get("config") or raw.get("hyper_parameters") or {}), dict(raw["state_dict"])
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Configuration and weights of one entry, or of a file that is an entry itself.
+
+    Returns:
+        The configuration, the weights, and what else the file holds: name -> why it is left out.
+    """
     entries = [k for k, v in raw.items() if isinstance(v, Mapping) and "state_dict" in v]
-    if not entries:
-        return {}, dict(raw)
-    chosen = wanted or _DEFAULT
-    if chosen not in entries:
-        raise ConfigError(
-            f"{where} has no entry '{chosen}'.{did_you_mean(chosen, entries)} It has: "
-            f"{', '.join(sorted(entries))}; choose with --entry"
+    if not entries or "state_dict" in raw:
+        if wanted:
+            raise ConfigError(f"{where} is one model without entries; leave out --entry {wanted}")
+        if "state_dict" not in raw:
+            return {}, dict(raw), {}
+        config, state = raw.get("config") or raw.get("hyper_parameters"), raw["state_dict"]
+        kept = ("config", "hyper_parameters", "state_dict")
+        others = {str(name): "not of the model" for name in raw if name not in kept}
+    else:
+        chosen = wanted or _DEFAULT
+        if chosen not in entries:
+            raise ConfigError(
+                f"{where} has no entry '{chosen}'.{did_you_mean(chosen, entries)} It has: "
+                f"{', '.join(sorted(entries))}; choose with --entry"
+            )
+        config, state = raw[chosen].get("config"), raw[chosen]["state_dict"]
+        others = {
+            str(name): "another entry" if name in entries else "not of the model"
+            for name in raw
+            if name != chosen
+        }
+    if not isinstance(state, Mapping) or not isinstance(config, Mapping | None):
+        raise CheckpointError(
+            f"{where}: 'state_dict' is a {type(state).__name__} and its configuration a "
+            f"{type(config).__name__}; both must be tables"
         )
-    return dict(raw[chosen].get("config") or {}), dict(raw[chosen]["state_dict"])
+    return dict(config or {}), dict(state), others
+
+
+def _flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The two levels of a configuration as one."""
+    name = str(config.get("model") or "mae_autobin")
+    inner = config.get("model_config") or {}
+    sizes = inner.get(name, inner) if isinstance(inner, Mapping) else {}
+    merged = {**config, **(sizes if isinstance(sizes, Mapping) else {})}
+    for part in ("encoder", "decoder"):
+        table = merged.get(part)
+        merged[part] = table if isinstance(table, Mapping) else {}
+    return merged
 
 
 def _heads(config: Mapping[str, Any], given: int, where: str) -> tuple[int, float]:
     """Heads of the encoder, which the weights do not tell, and alpha of the value embedding."""
-    name = str(config.get("model") or "mae_autobin")
-    inner = config.get("model_config", {})
-    sizes = inner.get(name, inner) if isinstance(inner, Mapping) else {}
-    merged = {**config, **(sizes if isinstance(sizes, Mapping) else {})}
-    encoder = merged.get("encoder", {})
-    told = given or (encoder.get("heads") if isinstance(encoder, Mapping) else None)
-    if not told:
+    merged = _flattened(config)
+    if not given and "heads" not in merged["encoder"]:
         raise CheckpointError(
             f"{where}: its configuration does not say how many heads the encoder has "
             "(model_config.mae_autobin.encoder.heads); give the whole models.ckpt, or --heads 12"
         )
-    return int(told), float(merged.get("bin_alpha", 1.0))
+    told = whole(merged["encoder"], "heads", given or None, f"the encoder of {where}")
+    if given and told != given:
+        raise ConfigError(f"{where} says that it has {told} heads; leave out --heads {given}")
+    return told, decimal(merged, "bin_alpha", 1.0, where)
 
 
-def _prefixed(weights: Mapping[str, Any]) -> dict[str, Tensor]:
+def _prefixed(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Names after their first ``model.``, as the source's loader takes them."""
-    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
-    if tensors and all("model." in name for name in tensors):
-        return {name.partition("model.")[2]: value for name, value in tensors.items()}
-    return strip_prefix(tensors, "model.")
+    if weights and all("model." in name for name in weights):
+        return renamed(weights, lambda name: name.partition("model.")[2], where)
+    return strip_prefix(weights, "model.")
 
 
 def _read(path: Path, options: Options) -> Imported:
@@ -126,19 +159,26 @@ def _read(path: Path, options: Options) -> Imported:
     if file is None:
         raise CheckpointError(f"{where} has no models.ckpt")
     raw = read_tensors(file, allow_code=options.allow_code)
-    config, state = _entry(raw, options.entry, where)
-    weights = _prefixed(state)
+    config, state, beside = _entry(raw, options.entry, where)
+    tensors, others = tensors_of(state)
+    weights = _prefixed(tensors, where)
     check_kind(weights, _SIGNATURE, where, raw=raw)
     genes = needed(options, "OS_scRNA_gene_index.19264.tsv")
-    table = weights.get("pos_emb.weight")
-    if table is None:
-        raise CheckpointError(f"{where} does not fit: tensors are missing: pos_emb.weight")
+    demand(weights, ["pos_emb.weight"], where, axes=2)
+    table = weights["pos_emb.weight"]
     if len(genes.names) + 3 != len(table):
         raise CheckpointError(
             f"'{genes.source}' lists {len(genes.names)} genes, the weights of {where} are of "
             f"{len(table) - 3}: it is another gene list"
         )
     model = _sizes(weights, _heads(config, options.heads, where), where)
+    parts = _flattened(config)
+    for part, width, depth in (
+        ("encoder", "width", "num_layers"),
+        ("decoder", "decoder_width", "decoder_layers"),
+    ):
+        sizes = {"hidden_dim": model[width], "depth": model[depth]}
+        agree(parts[part], sizes, f"the {part} in the configuration of {where}")
     count = len(genes.names)
     vocab = Vocab(
         gene_ids=genes.names,
@@ -155,7 +195,7 @@ def _read(path: Path, options: Options) -> Imported:
         vocab=vocab,
         weights=ours,
         rules=rules,
-        ignored=ignored,
+        ignored=ignored | others | beside,
         notes=("the published weights have a licence of their own: research, non-commercial",),
     )
 
@@ -169,9 +209,7 @@ def _sizes(weights: Mapping[str, Tensor], told: tuple[int, float], where: str) -
         "queries": "decoder.performer.net.layers.0.0.fn.to_q.weight",
         "decoder_inner": "decoder.performer.net.layers.0.1.fn.fn.w1.weight",
     }
-    lacking = [name for name in names.values() if name not in weights]
-    if lacking:
-        raise CheckpointError(f"{where} does not fit: tensors are missing: {', '.join(lacking)}")
+    demand(weights, list(names.values()), where, axes=2)
     found = {key: tuple(weights[name].shape) for key, name in names.items()}
     heads, alpha = told
 
@@ -200,4 +238,5 @@ UPSTREAM = Upstream(
     read=_read,
     rules=_rules,
     gene_files=("OS_scRNA_gene_index*.tsv", "genes.txt"),
+    takes=("entry", "heads"),
 )

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cellray.core.errors import CheckpointError
+from cellray.core.errors import CheckpointError, ConfigError
 from cellray.data.vocab import Vocab
 from cellray.models.upstream._reading import find_file, read_json, read_tensors
+from cellray.models.upstream._settings import agree, allowed, decimal, whole
 from cellray.models.upstream.base import (
     GeneList,
     Imported,
@@ -27,9 +28,12 @@ from cellray.models.upstream.base import (
     check_kind,
     class_names,
     convert,
+    demand,
     needed,
+    renamed,
     same,
     strip_prefix,
+    tensors_of,
 )
 
 __all__ = ["UPSTREAM"]
@@ -39,15 +43,29 @@ _SIGNATURE = r"(^|\.)encoder\.enc_norm\.weight$"
 _SPECIALS = ("<pad>", "<cls>", "<eoc>")
 _MLP = {0: "_decoder.0", 2: "_decoder.2", 3: "_decoder.3", 5: "_decoder.5", 6: "out_layer"}
 _BATCH = "batch"
+_TUNED = (
+    "fine-tuned: tokenizer.cls_value is 0, as the source's tuning scripts have it beside <cls> "
+    "(-2 in pretraining)"
+)
+_ASSUMED = "no args.json beside the weights: 51 bins, 1,200 tokens and post-norm are assumed"
+_BUILT = {
+    "input_style": "binned",
+    "input_emb_style": "continuous",
+    "norm_scheme": "post",
+    "pre_norm": False,
+    "cell_emb_style": "cls",
+    "mask_value": -1,
+}
 
 
-def _renamed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """Names as torch's attention has them, whatever wrapper wrote the file."""
-    result = {}
-    for name, value in strip_prefix(weights, "module.").items():
-        plain = name.replace("._impl.", ".")
-        result[plain.replace("self_attn.Wqkv.", "self_attn.in_proj_")] = value
-    return result
+
+    def plain(name: str) -> str:
+        return name.replace("._impl.", ".").replace("self_attn.Wqkv.", "self_attn.in_proj_")
+
+    bare = strip_prefix(strip_prefix(weights, "module."), "_orig_mod.")
+    return renamed(bare, plain, where)
 
 
 def _rules(model: Mapping[str, Any], num_classes: int, vocab: Vocab, classes_of: str) -> list[Rule]:
@@ -132,22 +150,30 @@ def _vocab(genes: GeneList, *, rows: int, where: str) -> Vocab:
             f"'{genes.source}' has token ids up to {max(tokens.values())}, the weights of {where} "
             f"have {rows} rows: it is the vocabulary of another model"
         )
+    if sorted(tokens.values()) != list(range(len(tokens))):
+        raise CheckpointError(
+            f"'{genes.source}': token ids are not 0 .. {len(tokens) - 1}, each once"
+        )
     specials = {name: tokens.pop(name) for name in _SPECIALS if name in tokens}
-    taken = {*tokens.values(), *specials.values()}
-    free = iter(row for row in range(rows) if row not in taken)
-    for name in _SPECIALS:
-        if name not in specials:
-            row = next(free, None)
-            if row is None and name != "<eoc>":
-                raise CheckpointError(
-                    f"'{genes.source}' has no special token '{name}', and all {rows} rows of the "
-                    "weights are genes: it is not the vocabulary of a published model"
-                )
-            if row is not None:
-                specials[name] = row
-    specials |= {f"<unused{row}>": row for row in free}
+    missing = [name for name in _SPECIALS if name not in specials]
+    free = list(range(len(tokens) + len(specials), rows))
+    if len(free) > len(missing):
+        raise CheckpointError(
+            f"'{genes.source}' names {rows - len(free)} of the {rows} rows of the weights of "
+            f"{where}; only the specials {', '.join(_SPECIALS)} may be missing: it is the "
+            "vocabulary of another model. Whole-human weights have 60,697 rows, organ ones 36,574"
+        )
+    specials |= dict(zip(missing, free, strict=False))
+    without = [name for name in ("<pad>", "<cls>") if name not in specials]
+    if without:
+        raise CheckpointError(
+            f"'{genes.source}' has no special token '{without[0]}', and all {rows} rows of the "
+            "weights are genes: it is not the vocabulary of a published model"
+        )
     others = {name: row for name, row in tokens.items() if re.fullmatch(r"<[^>]*>", name)}
     names = sorted((n for n in tokens if n not in others), key=lambda n: tokens[n])
+    if not names:
+        raise CheckpointError(f"'{genes.source}' names special tokens only, and no gene")
     return Vocab(
         gene_ids=tuple(names),
         symbols=tuple(names),
@@ -164,26 +190,28 @@ def _config(args: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) 
         raise CheckpointError(
             f"{where}: neither args.json nor --heads says how many attention heads there are"
         )
-    style = str(args.get("input_emb_style", "continuous"))
-    if style != "continuous":
-        raise CheckpointError(
-            f"{where} has input_emb_style '{style}'; only 'continuous' models are published and "
-            "supported"
-        )
+    told = f"args.json of {where}"
+    # What no published model has, and other mathematics here.
+    for key, value in _BUILT.items():
+        allowed(args, key, (value,), told)
+    narrow = weights.get("transformer_encoder.layers.0.linear1.weight")
+    sizes = {"embsize": width, "nlayers": len(layers)}
+    if narrow is not None:
+        sizes["d_hid"] = int(narrow.shape[0])
+    agree(args, sizes, told)
     domains = {int(m[1]) for n in weights if (m := re.match(r"dsbn\.bns\.(\d+)\.", n))}
     shared = any(name.startswith("bn.") for name in weights)
-    narrow = weights.get("transformer_encoder.layers.0.linear1.weight")
     first = weights.get("decoder.fc.0.weight")
     model: dict[str, Any] = {
         "width": width,
         "num_layers": len(layers),
-        "num_heads": int(args["nheads"]),
-        "ffn_width": int(args.get("d_hid", width) if narrow is None else narrow.shape[0]),
-        "dropout": float(args.get("dropout", 0.2)),
+        "num_heads": whole(args, "nheads", None, told),
+        "ffn_width": sizes.get("d_hid", width),
+        "dropout": decimal(args, "dropout", 0.2, told),
         "flag": "flag_encoder.weight" in weights,
         "gepc": "mvc_decoder.W.weight" in weights,
         "expressed": any(name.startswith("decoder.zero_logit.") for name in weights),
-        "batch_labels": first is not None and int(first.shape[1]) == 2 * width,
+        "batch_labels": first is not None and int(first.shape[-1]) == 2 * width,
         "adversary": any(name.startswith("grad_reverse_discriminator.") for name in weights),
         "domain_norm": "domain" if domains else "shared" if shared else "none",
         "domain_affine": any(re.match(r"(dsbn\.bns\.\d+|bn)\.weight$", name) for name in weights),
@@ -200,10 +228,12 @@ def _num_batches(model: Mapping[str, Any], weights: Mapping[str, Tensor], where:
     """Technical batches that the parts of the file speak of."""
     counts = set()
     if model["batch_labels"]:
+        demand(weights, ["batch_encoder.embedding.weight"], where, axes=2)
         counts.add(int(weights["batch_encoder.embedding.weight"].shape[0]))
     if model["domain_norm"] == "domain":
         counts.add(int(model["num_domains"]))
     if model["adversary"]:
+        demand(weights, ["grad_reverse_discriminator.out_layer.weight"], where, axes=2)
         counts.add(int(weights["grad_reverse_discriminator.out_layer.weight"].shape[0]))
     if len(counts) > 1:
         raise CheckpointError(f"{where}: its parts speak of {sorted(counts)} technical batches")
@@ -216,13 +246,21 @@ def _read(path: Path, options: Options) -> Imported:
     if file is None:
         raise CheckpointError(f"{where} has no best_model.pt")
     settings = (path if path.is_dir() else path.parent) / "args.json"
-    weights = _renamed(read_tensors(file, allow_code=options.allow_code))
-    check_kind(weights, _SIGNATURE, where)
+    raw = read_tensors(file, allow_code=options.allow_code)
+    tensors, others = tensors_of(raw)
+    weights = _renamed(tensors, where)
+    check_kind(weights, _SIGNATURE, where, raw=raw)
+    demand(weights, ["encoder.embedding.weight"], where, axes=2)
     if any(name.startswith("pert_encoder.") for name in weights):
         raise CheckpointError(
             f"{where} is a perturbation model (it has a pert_encoder), which is not supported yet"
         )
     args = read_json(settings) if settings.is_file() else {}
+    if options.heads and args.get("nheads", options.heads) != options.heads:
+        raise ConfigError(
+            f"args.json of {where} says that it has {args['nheads']} heads; leave out --heads "
+            f"{options.heads}"
+        )
     if options.heads:
         args["nheads"] = options.heads
     model = _config(args, weights, where)
@@ -235,22 +273,26 @@ def _read(path: Path, options: Options) -> Imported:
     rules = _rules(model, len(classes), vocab, "cell")
     ignore = {} if count else {r"cls_decoder\..*": "a classifier of one class"}
     ours, ignored = convert(weights, rules, ignore=ignore, where=where)
+    # Scripts that tune give <cls> the value 0, pretraining and zero-shot use the padding's.
+    tuned = bool(count or batches)
+    told = f"args.json of {where}"
     kept = {key: value for key, value in model.items() if key != "num_domains"}
     return Imported(
         model=kept,
         tokenizer={
             "name": "bins",
-            "max_tokens": int(args.get("max_seq_len", 1200)),
-            "num_bins": int(args.get("n_bins", 51)),
-            "cls_value": float(args.get("pad_value", -2)),
+            "max_tokens": whole(args, "max_seq_len", 1200, told),
+            "num_bins": whole(args, "n_bins", 51, told),
+            "cls_value": 0.0 if tuned else decimal(args, "pad_value", -2.0, told),
         },
         objective={"name": "generative"},
         vocab=vocab,
         weights=ours,
         rules=rules,
-        ignored=ignored,
+        ignored=ignored | others,
         covariates={_BATCH: [str(i) for i in range(batches)]} if batches else {},
         classes=classes,
+        notes=(*((_TUNED,) if tuned else ()), *(() if settings.is_file() else (_ASSUMED,))),
     )
 
 
@@ -260,4 +302,5 @@ UPSTREAM = Upstream(
     read=_read,
     rules=_rules,
     gene_files=("vocab.json",),
+    takes=("labels", "heads"),
 )

@@ -17,7 +17,13 @@ import torch
 
 from cellray.core.errors import CheckpointError
 from cellray.data.vocab import Vocab
-from cellray.models.upstream._reading import find_file, read_tensors
+from cellray.models.upstream._reading import (
+    as_text,
+    find_file,
+    fitting,
+    one_of,
+    read_tensors,
+)
 from cellray.models.upstream.base import (
     Imported,
     Options,
@@ -26,9 +32,11 @@ from cellray.models.upstream.base import (
     check_kind,
     class_names,
     convert,
+    demand,
     needed,
     same,
     strip_prefix,
+    tensors_of,
 )
 
 __all__ = ["UPSTREAM"]
@@ -108,9 +116,29 @@ def _column(path: Path | None, what: str, where: str) -> list[str]:
     """The first column after the index of one of TOSICA's tables."""
     if path is None:
         raise CheckpointError(f"{where} has no {what} beside the weights")
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    return [row[1] for row in rows[1:] if len(row) > 1]
+    rows = [row for row in csv.reader(as_text(path).splitlines()) if row]
+    if any(len(row) < 2 for row in rows):
+        raise CheckpointError(
+            f"'{path}' has one column; TOSICA writes two with a header: a number and the name"
+        )
+    return [row[1] for row in rows[1:]]
+
+
+def _mask(weights: Mapping[str, Tensor], width: int, where: str) -> tuple[Tensor, Tensor]:
+    """Which weights are there, (P W, G) and (P, W, G), of 0 and 1 and alike within a pathway."""
+    values, shape = weights[_MASK], tuple(weights["feature_embed.fe.weight"].shape)
+    if tuple(values.shape) != shape or shape[0] % width:
+        raise CheckpointError(
+            f"{where}: {_MASK} is {tuple(values.shape)} and the weights it masks {shape}; both "
+            f"must be (pathways x {width}, genes), {width} being the width of cls_token"
+        )
+    if not bool(((values == 0) | (values == 1)).all()):
+        raise CheckpointError(f"{where}: {_MASK} holds more than 0 and 1; it is no mask")
+    mask = values.bool()
+    per_pathway = mask.view(shape[0] // width, width, shape[1])
+    if not bool((per_pathway == per_pathway[:, :1]).all()):
+        raise CheckpointError(f"{where}: the rows of a pathway have different genes in {_MASK}")
+    return mask, per_pathway
 
 
 def _read(path: Path, options: Options) -> Imported:
@@ -119,17 +147,14 @@ def _read(path: Path, options: Options) -> Imported:
     file = _latest(path) if path.is_dir() else path
     if file is None:
         raise CheckpointError(f"{where} has no model-*.pth")
-    weights = strip_prefix(read_tensors(file, allow_code=options.allow_code), "module.")
-    check_kind(weights, _SIGNATURE, where)
-    for name in ("cls_token", "feature_embed.fe.weight", "head.weight"):
-        if name not in weights:
-            raise CheckpointError(f"{where} does not fit: tensors are missing: {name}")
+    raw = read_tensors(file, allow_code=options.allow_code)
+    tensors, others = tensors_of(raw)
+    weights = strip_prefix(tensors, "module.")
+    check_kind(weights, _SIGNATURE, where, raw=raw)
+    demand(weights, ["cls_token"], where, axes=3)
+    demand(weights, [_MASK, "feature_embed.fe.weight", "head.weight"], where, axes=2)
     width = int(weights["cls_token"].shape[-1])
-    mask = weights[_MASK].bool()
-    count, num_genes = mask.shape[0] // width, mask.shape[1]
-    per_pathway = mask.view(count, width, num_genes)
-    if not bool((per_pathway == per_pathway[:, :1]).all()):
-        raise CheckpointError(f"{where}: the rows of a pathway have different genes in {_MASK}")
+    mask, per_pathway = _mask(weights, width, where)
     vocab = _vocab(options, folder, per_pathway[:, 0].numpy(), where)
     layers = {int(m[1]) for name in weights if (m := re.match(r"blocks\.(\d+)\.", name))}
     model = {
@@ -148,10 +173,16 @@ def _read(path: Path, options: Options) -> Imported:
     rules = _rules(model, len(classes), vocab, "cell")
     ignore = {re.escape(_MASK): "kept as the vocabulary's gene sets"}
     ours, ignored = convert(weights, rules, ignore=ignore, where=where)
+    notes = []
+    if not options.heads:
+        notes.append(f"the file does not say how many heads it has; {_HEADS} are taken (--heads)")
     stray = int((weights["feature_embed.fe.weight"][~mask] != 0).sum())
-    notes = (
-        [f"{stray} masked weights are not 0; they have no effect and are dropped"] if stray else []
-    )
+    if not (folder / "pathway.csv").is_file():
+        notes.append(
+            "no pathway.csv names the pathways: they are called 'pathway 0', 'pathway 1' .."
+        )
+    if stray:
+        notes.append(f"{stray} masked weights are not 0; they have no effect and are dropped")
     return Imported(
         model=model,
         tokenizer={"name": "lognorm"},
@@ -159,16 +190,27 @@ def _read(path: Path, options: Options) -> Imported:
         vocab=vocab,
         weights=ours,
         rules=rules,
-        ignored=ignored,
+        ignored=ignored | others,
         classes=classes,
         notes=tuple(notes),
     )
 
 
 def _latest(folder: Path) -> Path | None:
-    """The weights of the last epoch."""
-    found = {int(m[1]): p for p in folder.glob("*.pth") if (m := re.search(r"-(\d+)$", p.stem))}
-    return found[max(found)] if found else find_file(folder, ["*.pth"])
+    """The weights of the last epoch.
+
+    Raises:
+        CheckpointError: several files could be meant.
+    """
+    epochs = {
+        path: int(found[1])
+        for path in fitting(folder, ["*.pth"])
+        if (found := re.search(r"-(\d+)$", path.stem))
+    }
+    if not epochs:
+        return find_file(folder, ["*.pth"])
+    last = [path for path, epoch in epochs.items() if epoch == max(epochs.values())]
+    return one_of(last, "files of weights of the last epoch", "give one of them as SRC")
 
 
 def _vocab(
@@ -183,7 +225,7 @@ def _vocab(
         )
     table = folder / "pathway.csv"
     names = _column(table, table.name, where) if table.is_file() else []
-    if not names:
+    if not table.is_file():
         names = [f"pathway {number}" for number in range(count)]
     if len(names) != count:
         raise CheckpointError(f"'{table}' names {len(names)} pathways, the weights have {count}")
@@ -208,4 +250,5 @@ UPSTREAM = Upstream(
     read=_read,
     rules=_rules,
     gene_files=("genes.txt", "*.h5ad"),
+    takes=("labels", "heads"),
 )
