@@ -215,6 +215,7 @@ def test_a_table_without_logistic_regression_is_not_made(small_store, tmp_path):
         run_job(build_run("benchmark", config))
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_the_better_learning_rate_and_writes_it(pretrained, small_store, tmp_path):
     base = tmp_path / "base.toml"
     raw = finetune_raw(small_store, tmp_path, init_from=pretrained)

@@ -202,6 +202,7 @@ def mounted(folder: Path, megabytes: int) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(small_store, tmp_path):
     disk = tmp_path / "disk"
     if sys.platform != "linux" or not mounted(disk, 4):
@@ -232,6 +233,7 @@ def test_a_full_disk_stops_the_run_with_the_last_checkpoint_whole(small_store, t
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+@pytest.mark.slow
 def test_everything_at_once(small_store, tmp_path):
     """bf16, recomputed and compiled blocks, offload, an automatic micro-batch, a trace."""
     run = pretrain_run(
@@ -255,6 +257,7 @@ def test_everything_at_once(small_store, tmp_path):
     assert "aten::" in Path(result.run_dir, "profile", "steps-2-3.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_all_torn_asks_what_to_do(small_store, tmp_path):
     over = {"train": {"steps": 4, "eval_every_steps": 0}, "checkpoint": {"every_steps": 2}}
     result = run_job(pretrain_run(small_store, tmp_path, **over))
