@@ -70,14 +70,27 @@ def configuration(args: argparse.Namespace, folder: Path, workers: int, **train:
 
 
 def join(address: str) -> subprocess.Popen[bytes]:
-    """Start a pseudo-node; its processes are children of the one that is returned."""
+    """Start a pseudo-node and wait for it; its processes are children of the one returned."""
     command = Path(sys.executable).parent / "ray"
-    return subprocess.Popen(
+    before = alive()
+    node = subprocess.Popen(
         [str(command), "start", "--address", address, "--num-cpus", str(NODE_CPUS), "--block"],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         start_new_session=True,
     )
+    deadline = time.monotonic() + 120
+    while alive() <= before:
+        if node.poll() is not None or time.monotonic() > deadline:
+            said = node.stderr.read().decode() if node.stderr and node.poll() is not None else ""
+            raise RuntimeError(f"a pseudo-node did not join in 120 s: {said[-2000:]}")
+        time.sleep(0.2)
+    return node
+
+
+def alive() -> int:
+    """Nodes of the cluster that are alive."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 def kill_node(node: subprocess.Popen[bytes]) -> None:
@@ -119,13 +132,12 @@ def check_cells(run: Any, run_dir: Path) -> dict[str, Any]:
 def kill_and_replace(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The elastic run; see the module."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    nodes = [join(cluster.address), join(cluster.address)]
+    nodes: list[subprocess.Popen[bytes]] = []
     os.environ["RAY_ADDRESS"] = cluster.address
     times: dict[str, float] = {}
     try:
         ray.init(address=cluster.address, log_to_driver=False, logging_level="error")
-        while ray.cluster_resources().get("CPU", 0) < 1 + 2 * NODE_CPUS:
-            time.sleep(0.2)
+        nodes += [join(cluster.address) for _ in range(2)]  # one after the other
         run = configuration(args, folder, 4)
         raw = run.scale.model_copy(update={"min_workers": 2, "resize_interval_s": 5.0})
         run = run.model_copy(update={"scale": raw})
