@@ -172,7 +172,8 @@ class Form:
         losses: of each round.
         slots: positions computed in all rounds, padding included.
         tokens: real tokens in all rounds.
-        kept: largest number of bytes autograd kept of a micro-batch, or the GPU's peak.
+        kept: bytes autograd keeps of the first cells as one micro-batch; on a GPU the peak of a
+            step above what lay there before it.
     """
 
     name: str
@@ -202,13 +203,15 @@ class Form:
     def warm_up(self, block: TokenBlock, device: torch.device) -> None:
         """One step that does not count, and what a micro-batch keeps for its backward pass."""
         batches = self.batches(block)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
+        if device.type == "cpu":
             self.kept = kept_bytes(self.engine.module, max(batches, key=_slots))
+            self.engine.step(batches, lr=LEARNING_RATE)
+            return
+        self.engine.step(batches, lr=LEARNING_RATE)  # the optimizer's state is there from now on
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         self.engine.step(batches, lr=LEARNING_RATE)
-        if device.type == "cuda":
-            self.kept = torch.cuda.max_memory_allocated()
+        self.kept = torch.cuda.max_memory_allocated() - before
 
 
 def kept_bytes(module: nn.Module, batch: CellBatch) -> int:
@@ -238,8 +241,8 @@ def _wait(device: torch.device) -> None:
 
 def _engine(module: nn.Module, objective: Any, args: argparse.Namespace) -> TorchEngine:
     optim = OptimSection(lr=LEARNING_RATE)
-    precision = "bf16" if args.device == "cuda" else "fp32"
-    return TorchEngine(module.to(args.device), objective, optim=optim, precision=precision)
+    on_device = module.to(args.device)
+    return TorchEngine(on_device, objective, optim=optim, precision=args.precision)
 
 
 def forms(comparison: Comparison, vocab: Vocab, args: argparse.Namespace) -> list[Form]:
@@ -328,7 +331,7 @@ def compare(name: str, data: str, vocab: Vocab, tokens: TokenBlock, args: Any) -
         flops += useful_flops(comparison, config, batches)
     losses = np.array([form.losses for form in made])
     apart = np.abs(losses / losses[:1] - 1).max(0)
-    limit = 1e-2 if device.type == "cuda" else 1e-5
+    limit = 1e-2 if args.precision == "bf16" else 1e-5
     if not apart[0] < limit:
         raise SystemExit(f"{name}, {data}: losses {losses[:, 0]} differ by more than {limit}")
     lengths = np.diff(tokens.indptr)
@@ -381,12 +384,12 @@ def _machine(args: argparse.Namespace) -> str:
     machine = hardware()
     where = f"{machine['cpu']}, {machine['memory_gb']} GB, load {machine['load_before']} before"
     if args.device == "cuda":
-        where = f"{torch.cuda.get_device_name()} (bf16 autocast), host {where}"
+        where = f"{torch.cuda.get_device_name()}, host {where}"
     versions = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     package = transformers()
     if package is not None:
         versions += f", transformers {package.__version__}"
-    return f"{where}; {versions}; weights in fp32."
+    return f"{where}; {versions}; {args.precision} (weights in fp32)."
 
 
 def arguments() -> argparse.Namespace:
@@ -395,19 +398,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=COMPARISONS, help="one comparison")
     parser.add_argument("--data", choices=("mixture", "pancreas", "both"), default="mixture")
     parser.add_argument("--layers", type=int, default=0, help="0: all; scGPT on a CPU: 4")
-    parser.add_argument("--cells-step", type=int, default=0, help="0: 16; 64 with --full")
-    parser.add_argument("--cells-micro", type=int, default=8, help="Trainer's default")
+    parser.add_argument("--cells-step", type=int, default=0, help="0: 16; on a GPU 64")
+    parser.add_argument("--cells-micro", type=int, default=0, help="0: 4; on a GPU 16")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--mean", type=float, default=1200.0, help="genes a cell of the mixture")
     parser.add_argument("--sigma", type=float, default=0.7, help="of the mixture's log-normal")
     parser.add_argument("--full", action="store_true", help="all layers, rows and comparisons")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="on a GPU bf16, else fp32")
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0: its own choice")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    args.full = args.full or args.device == "cuda"
-    args.cells_step = args.cells_step or (64 if args.full else 16)
+    gpu = args.device == "cuda"
+    args.full = args.full or gpu
+    args.precision = args.precision or ("bf16" if gpu else "fp32")
+    args.cells_step = args.cells_step or (64 if gpu else 16)
+    args.cells_micro = args.cells_micro or (16 if gpu else 4)
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
