@@ -37,6 +37,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python tests/benchmarks/tokenizers.py
 	$(BIN)/python tests/benchmarks/padding.py
 	$(BIN)/python tests/benchmarks/families.py
+	$(BIN)/python tests/benchmarks/train_step.py --threads 1
 	test -d build/atlas || $(BIN)/cellray synthesize uri=build/atlas num_cells=50000
 	$(BIN)/python tests/benchmarks/data_path.py build/atlas
 
