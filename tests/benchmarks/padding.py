@@ -25,8 +25,8 @@ from cellray.data.vocab import Vocab
 from cellray.infer.load import block_of
 from cellray.models.base import BuildContext, CellModel, build_model, family
 from cellray.objectives.base import Objective
-from cellray.train.loop import Collator
-from cellray.train.worker import build_objective
+from cellray.train.job import build_objective
+from cellray.train.microbatch import Collator
 
 PANCREAS = Path(__file__).parents[1] / "data" / "pancreas" / "human1.h5ad"
 MAX_TOKENS = 3000

@@ -34,7 +34,7 @@ from cellray.models.base import (
 )
 from cellray.objectives.base import Objective
 from cellray.testing import random_block
-from cellray.train.loop import Collator
+from cellray.train.microbatch import Collator
 
 FAMILIES = registry.names("cellray.models")
 NUM_GENES = 50

@@ -24,6 +24,7 @@ HOMES = {
         "data/ingest_tasks.py",
         "train/worker.py",
         "train/trainer.py",
+        "train/progress.py",
         "train/telemetry.py",
         "tune/sweep.py",
         "ops/submit.py",

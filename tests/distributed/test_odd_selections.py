@@ -16,7 +16,7 @@ from cellray.data.pipeline import token_stream
 from cellray.data.vocab import Vocab
 from cellray.models.base import BuildContext, build_model, family
 from cellray.testing import assert_same_cells
-from cellray.train.loop import Collator
+from cellray.train.microbatch import Collator
 from helpers_source import source_and_plan
 
 GENES = [f"ENSG{i:011d}" for i in range(30)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from cellray.data.soma import open_store
 from cellray.infer.load import load
 from cellray.runs import build_run, load_run, run_job
 from cellray.train.finetune import prepare_finetune
+from cellray.train.saving import committed
 from helpers_cells import known_cells
 from helpers_runs import SCGPT, finetune_raw, finetune_run, pretrain_run
 
@@ -60,11 +60,7 @@ def test_it_learns_the_types_and_scores_the_held_out_donor(tuned):
 
 def test_the_best_checkpoint_by_validation_is_exported(tuned):
     result, _ = tuned
-    rows = [
-        json.loads(line)
-        for line in Path(result.trained.run_dir, "metrics.jsonl").read_text().splitlines()
-    ]
-    best = min((r for r in rows if r["saved"]), key=lambda r: r["validation/loss"])
+    best = min(committed(result.trained.run_dir), key=lambda r: r["validation/loss"])
     assert result.trained.step == best["step"]
 
 

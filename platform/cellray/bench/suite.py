@@ -38,6 +38,7 @@ from cellray.infer.load import load
 from cellray.tasks.base import task
 from cellray.train.finetune import finetune, predict_labels, prepare_finetune
 from cellray.train.prepare import select_cells
+from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import (
     Tracker,
     check_tracking,
@@ -45,7 +46,6 @@ from cellray.train.tracking import (
     open_command,
     tracking_uri,
 )
-from cellray.train.trainer import RunDirectory
 
 if TYPE_CHECKING:
     from cellray.runs import BenchmarkRun, FinetuneRun

@@ -9,7 +9,7 @@ cells of a packed batch, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -39,6 +39,8 @@ class CellBatch:
         cell_prompt: ask a generative model for a second pass prompted by the cell embedding.
         packing: where the cells of a packed batch lie; None in a padded batch. A packed batch has
             no padding: its ``attention_mask`` is True everywhere.
+        counts: targets and real tokens, counted on the host before the batch went to a GPU, so
+            that nothing waits for it; None counts anew.
     """
 
     cell_ids: Tensor
@@ -52,6 +54,7 @@ class CellBatch:
     step: int = 0
     cell_prompt: bool = False
     packing: Packing | None = None
+    counts: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return int(self.cell_ids.shape[0])
@@ -59,11 +62,15 @@ class CellBatch:
     @property
     def num_targets(self) -> int:
         """How many positions the loss is summed over; 0 if no objective has touched the batch."""
+        if self.counts is not None:
+            return self.counts[0]
         return 0 if self.target_mask is None else int(self.target_mask.sum())
 
     @property
     def num_real_tokens(self) -> int:
         """Tokens that are not padding."""
+        if self.counts is not None:
+            return self.counts[1]
         return int(self.attention_mask.sum())
 
     @property
@@ -92,15 +99,43 @@ class CellBatch:
         """A vector per cell laid beside its tokens: (B, 1, D), which broadcasts, or (P, D)."""
         return cells_BD[:, None] if self.packing is None else cells_BD[self.packing.rows]
 
+    def lengths(self) -> Tensor:
+        """(B,) real tokens of every cell."""
+        if self.packing is not None:
+            return self.packing.cu_lengths.diff()
+        return self.attention_mask.sum(1)
+
     def to(self, device: torch.device | str) -> CellBatch:
         """The same batch on ``device``."""
+        if self.token_ids.device == torch.device(device):
+            return self
+        counts = (self.num_targets, self.num_real_tokens)
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return replace(moved, counts=counts)
+
+    def pinned(self) -> CellBatch:
+        """The same batch in host memory that a GPU copies from without waiting."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the batch."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._each(note)
+        return found
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> CellBatch:
         moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: change(value)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), torch.Tensor)
         }
-        covariates = {k: v.to(device, non_blocking=True) for k, v in self.covariates.items()}
-        packing = None if self.packing is None else self.packing.to(device)
+        covariates = {k: change(v) for k, v in self.covariates.items()}
+        packing = None if self.packing is None else self.packing.each(change)
         return replace(self, covariates=covariates, packing=packing, **moved)
 
 

@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "StoppedError",
     "TrackingError",
     "did_you_mean",
 ]
@@ -29,6 +30,10 @@ class DataError(CellrayError, ValueError):
 
 class CheckpointError(CellrayError):
     """A checkpoint is missing, incomplete or does not fit what it is asked to continue."""
+
+
+class StoppedError(CellrayError):
+    """A training run stopped by itself, on all workers; to start it again would not help."""
 
 
 class TrackingError(CellrayError):

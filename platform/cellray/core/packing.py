@@ -5,6 +5,7 @@ Legend: B cells, P tokens of all cells laid end to end, b cells of a group, t to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,11 +32,9 @@ class LengthGroup:
     tokens_bt: Tensor
     real_bt: Tensor
 
-    def to(self, device: torch.device | str) -> LengthGroup:
-        """The same group on ``device``."""
-        return LengthGroup(
-            self.tokens_bt.to(device, non_blocking=True), self.real_bt.to(device, non_blocking=True)
-        )
+    def each(self, change: Callable[[Tensor], Tensor]) -> LengthGroup:
+        """The same group of changed tensors."""
+        return LengthGroup(change(self.tokens_bt), change(self.real_bt))
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,16 @@ class Packing:
 
     def to(self, device: torch.device | str) -> Packing:
         """The same packing on ``device``."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Packing:
+        """The same packing of changed tensors (elsewhere, pinned)."""
         return Packing(
-            cu_lengths=self.cu_lengths.to(device, non_blocking=True),
-            starts=self.starts.to(device, non_blocking=True),
-            rows=self.rows.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
+            cu_lengths=change(self.cu_lengths),
+            starts=change(self.starts),
+            rows=change(self.rows),
+            positions=change(self.positions),
             max_length=self.max_length,
-            groups=tuple(group.to(device) for group in self.groups),
-            restore=self.restore.to(device, non_blocking=True),
+            groups=tuple(group.each(change) for group in self.groups),
+            restore=change(self.restore),
         )

@@ -131,7 +131,7 @@ class MixturePlan:
         """Cell ids of batches ``first .. last`` (exclusive) that belong to ``rank`` of ``world``.
 
         Returns:
-            (last - first, cells_global / world) int64.
+            (last - first, share) int64.
         """
         mine = np.asarray(rank_lanes(self.lanes, rank, world))
         size = self.window_batches
@@ -139,8 +139,12 @@ class MixturePlan:
         for start in range(first // size * size, last, size):
             window = self._window(epoch, start, min(start + size, self.batches_per_epoch), mine)
             parts.append(window[max(first - start, 0) : last - start])
-        share = self.cells_global // world
+        share = self.share(rank, world)
         return np.concatenate(parts).reshape(-1, share) if parts else np.zeros((0, share), np.int64)
+
+    def share(self, rank: int, world: int) -> int:
+        """Cells of a global batch that belong to a rank."""
+        return len(rank_lanes(self.lanes, rank, world)) * (self.cells_global // self.lanes)
 
     def _window(self, epoch: int, first: int, last: int, lanes: I64) -> I64:
         """(last - first, L, cells of a lane) ids of one window of an epoch for some lanes."""

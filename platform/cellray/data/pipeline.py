@@ -82,7 +82,7 @@ class StepTokens:
     Attributes:
         step: global step, counted over all epochs.
         epoch: the pass over the data the step belongs to.
-        block: the rank's ``cells_global / world`` cells of this step.
+        block: the rank's share of the cells of this step.
         covariates: name -> codes of these cells.
     """
 
@@ -123,7 +123,7 @@ def token_stream(
         first_step: where to start, e.g. the step of a checkpoint.
         last_step: one past the last step.
         rank: this worker.
-        world: number of workers; divides the plan's lanes.
+        world: number of workers; at most the plan's lanes.
         actors: tokenisation actors of this rank.
         cpus_per_actor: logical CPUs each of them reserves.
 
@@ -139,7 +139,7 @@ def token_stream(
         )
         return
     dataset = _dataset(source, plan, first_step, last_step, rank, world, actors, cpus_per_actor)
-    share = plan.cells_global // world
+    share = plan.share(rank, world)
     expected = first_step
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         assert len(table) % share == 0, "a block holds whole steps"
@@ -189,7 +189,7 @@ def _ahead_bytes(source: TokenSource, plan: Plan, world: int, actors: int) -> in
     """What the actors of a rank may hold in the object store: two windows each, with room."""
     per_cell = plan.mean_length or float(source.tokenizer.get("max_tokens", 2048))
     per_token = source.token_dtype.itemsize + source.value_dtype.itemsize
-    window = plan.window_batches * plan.cells_global // world * per_cell * per_token
+    window = plan.window_batches * plan.share(0, world) * per_cell * per_token
     return int(max(_LEAST_AHEAD_BYTES, 2 * (actors + 1) * window))
 
 
@@ -206,7 +206,7 @@ def cached_stream(
 
     Arguments and yields as those of :func:`token_stream`; needs no Ray.
     """
-    share = plan.cells_global // world
+    share = plan.share(rank, world)
     at_once = max(1, _CACHED_CELLS // share)
     for epoch, begin, end in windows(plan, first_step, last_step):
         rows = plan.rows(epoch, begin, end, rank=rank, world=world)

@@ -110,24 +110,29 @@ class Plan(Protocol):
         """Where training stands when ``step`` global batches have been consumed in all."""
         ...
 
+    def share(self, rank: int, world: int) -> int:
+        """Cells of a global batch that belong to a rank."""
+        ...
+
     def rows(self, epoch: int, first: int, last: int, *, rank: int = 0, world: int = 1) -> I64:
-        """(last - first, cells_global / world) ids of batches ``first .. last`` of an epoch."""
+        """(last - first, share) ids of batches ``first .. last`` of an epoch."""
         ...
 
 
 def rank_lanes(lanes: int, rank: int, world: int) -> range:
-    """The lanes of one rank.
+    """The lanes of one rank; where workers do not divide the lanes, the first have one more.
 
     Raises:
-        ConfigError: the workers do not divide the lanes.
+        ConfigError: there are more workers than lanes.
     """
-    if lanes % world:
+    if world > lanes:
         raise ConfigError(
-            f"{world} workers do not divide the plan's {lanes} lanes; set data.lanes to a "
-            f"multiple of {world} that divides batch.cells_global"
+            f"{world} workers cannot share the plan's {lanes} lanes; set data.lanes to at least "
+            f"{world}, a divisor of batch.cells_global, or take fewer workers"
         )
-    share = lanes // world
-    return range(rank * share, (rank + 1) * share)
+    share, more = divmod(lanes, world)
+    first = rank * share + min(rank, more)
+    return range(first, first + share + (rank < more))
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,11 +202,15 @@ class EpochPlan:
         """Cell ids of batches ``first .. last`` (exclusive) that belong to ``rank`` of ``world``.
 
         Returns:
-            (last - first, cells_global / world) int64.
+            (last - first, share) int64.
         """
         mine = rank_lanes(self.lanes, rank, world)
         ids = self.lane_rows(epoch, first, last, np.asarray(mine))
-        return ids.reshape(len(ids), self.cells_global // world)
+        return ids.reshape(len(ids), self.share(rank, world))
+
+    def share(self, rank: int, world: int) -> int:
+        """Cells of a global batch that belong to a rank."""
+        return len(rank_lanes(self.lanes, rank, world)) * (self.cells_global // self.lanes)
 
     def lane_rows(self, epoch: int, first: int, last: int, lanes: I64) -> I64:
         """Cell ids of some lanes.

@@ -7,7 +7,7 @@ a packed batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -53,6 +53,8 @@ class BlockSpec:
 
 class EncoderBlock(nn.Module):
     """``x = norm(x + attention(x)); x = norm(x + feed_forward(x))``."""
+
+    recomputable: ClassVar[bool] = True
 
     def __init__(self, spec: BlockSpec) -> None:
         super().__init__()

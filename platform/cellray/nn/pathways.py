@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -98,6 +99,8 @@ class PathwayBlock(nn.Module):
         dropout: after attention, inside and after the mlp, and on attention weights.
         drop_path: probability that a cell skips a branch in training (stochastic depth).
     """
+
+    recomputable: ClassVar[bool] = True
 
     def __init__(self, width: int, *, num_heads: int, dropout: float, drop_path: float) -> None:
         super().__init__()

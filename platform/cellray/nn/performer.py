@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ class PerformerSpec:
 
 class PerformerBlock(nn.Module):
     """``x = x + attention(norm(x)); x = x + feed_forward(norm(x))``, with GELU."""
+
+    recomputable: ClassVar[bool] = True
 
     def __init__(self, spec: PerformerSpec) -> None:
         super().__init__()

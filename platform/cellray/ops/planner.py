@@ -24,7 +24,7 @@ from cellray.models.base import CellModel
 
 if TYPE_CHECKING:
     from cellray.runs import Run
-    from cellray.train.worker import TrainJob
+    from cellray.train.job import TrainJob
 
 __all__ = ["Estimate", "count_parameters", "estimate", "estimate_training"]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from cellray.data.pipeline import write_cache
-from cellray.train.worker import TrainJob
+from cellray.train.job import TrainJob
 
 __all__ = ["with_cache"]
 

@@ -1,11 +1,13 @@
-"""What a checkpoint folder holds beside the engine's state, and how it is read back.
+"""What a checkpoint folder holds, how it is read back, and how it is known to be whole.
 
 Layout of a checkpoint folder
-    manifest.json    format, family, model/tokenizer/objective configuration, step, cursor,
-                     vocabulary and data fingerprints, covariate and class names, code version
-    vocab.json.gz    the gene space
-    weights.pt       the whole model's float32 state dict, whatever engine and ZeRO stage wrote it
-    engine/          the engine's own state, for resuming; absent from exported models
+    manifest.json        format, family, model/tokenizer/objective configuration, step, cursor,
+                         random state, vocabulary and data fingerprints, names, code version
+    vocab.json.gz        the gene space
+    weights.safetensors  the whole model's float32 state dict, whatever engine and ZeRO stage
+                         wrote it (older folders have weights.pt)
+    engine/              the optimizer's state, see :mod:`cellray.train.shards`, and for each rank
+                         a seal: sizes and checksums of what it wrote; absent from exported models
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from cellray.core.errors import CheckpointError, DataError, did_you_mean
 from cellray.core.section import build_section
@@ -33,12 +38,19 @@ __all__ = [
     "model_of",
     "read_checkpoint",
     "read_manifest",
+    "read_weights",
+    "seal",
+    "verify",
     "write_checkpoint",
+    "write_tensors",
 ]
 
 FORMAT = "cellray.checkpoint.v1"
 ENGINE_DIR = "engine"
-_MANIFEST, _VOCAB, _WEIGHTS = "manifest.json", "vocab.json.gz", "weights.pt"
+_MANIFEST, _VOCAB, _WEIGHTS = "manifest.json", "vocab.json.gz", "weights.safetensors"
+_OLD_WEIGHTS = "weights.pt"
+MODEL_FILES = (_VOCAB, _WEIGHTS, _MANIFEST)
+_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,8 @@ class Manifest:
         step: optimizer steps taken.
         cursor: where the data stream stands, ``{"epoch", "position"}``.
         workers: ranks that wrote it.
+        random_state: what random draws of later steps follow from.
+        loop: what the training loop remembers of past steps (recent losses).
         run: the run's whole resolved configuration.
         metrics: the last validation's numbers.
         code_version: cellray's version and git commit.
@@ -75,16 +89,33 @@ class Manifest:
     step: int = 0
     cursor: Mapping[str, int] = field(default_factory=dict)
     workers: int = 1
+    random_state: Mapping[str, Any] = field(default_factory=dict)
+    loop: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
     code_version: str = ""
     format: str = FORMAT
 
     def at(
-        self, step: int, cursor: Mapping[str, int], workers: int, metrics: Mapping[str, float]
+        self,
+        step: int,
+        cursor: Mapping[str, int],
+        workers: int,
+        metrics: Mapping[str, float],
+        *,
+        random_state: Mapping[str, Any] | None = None,
+        loop: Mapping[str, Any] | None = None,
     ) -> Manifest:
         """The same manifest for a later moment of the run."""
-        return replace(self, step=step, cursor=cursor, workers=workers, metrics=metrics)
+        return replace(
+            self,
+            step=step,
+            cursor=cursor,
+            workers=workers,
+            metrics=metrics,
+            random_state=random_state or {},
+            loop=loop or {},
+        )
 
 
 def write_checkpoint(
@@ -93,10 +124,77 @@ def write_checkpoint(
     """Write manifest, vocabulary and weights; the manifest, last, marks the folder whole."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab.save(folder / _VOCAB)
-    torch.save(dict(weights), folder / _WEIGHTS)
+    write_tensors(folder / _WEIGHTS, weights)
     partial = folder / f"{_MANIFEST}.partial"
     partial.write_text(json.dumps(asdict(manifest), indent=1))
     os.replace(partial, folder / _MANIFEST)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, at once; tied ones are written each by itself."""
+    partial = file.with_name(file.name + ".partial")
+    seen: set[int] = set()
+    apart = {}
+    for name, value in tensors.items():
+        value = value.detach().contiguous()
+        place = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if place in seen else value
+        seen.add(place)
+    try:
+        save_file(apart, str(partial))
+        os.replace(partial, file)
+    except SafetensorError as error:
+        raise OSError(f"cannot write '{file}': {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _facts(file: Path) -> dict[str, int]:
+    """Size and checksum of a file as it lies on the disk."""
+    size = check = 0
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            size += len(chunk)
+            check = zlib.crc32(chunk, check)
+    return {"bytes": size, "crc32": check}
+
+
+def _seal_name(rank: int, world: int) -> str:
+    return f"seal-{rank:05d}-of-{world:05d}.json"
+
+
+def seal(folder: Path, files: Iterable[str], *, rank: int, world: int) -> None:
+    """Say of what a rank wrote how long it is and what is in it; the last thing a rank writes."""
+    facts = {name: _facts(folder / name) for name in files}
+    target = folder / ENGINE_DIR / _seal_name(rank, world)
+    partial = target.with_name(target.name + ".partial")
+    partial.write_text(json.dumps(facts))
+    os.replace(partial, target)
+
+
+def verify(folder: str | Path) -> Manifest:
+    """Check that a checkpoint of a run is whole: every rank's seal, and every file it names.
+
+    Raises:
+        CheckpointError: something is missing, cut short or changed; the message says what.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    for rank in range(manifest.workers):
+        name = _seal_name(rank, manifest.workers)
+        try:
+            facts = json.loads((path / ENGINE_DIR / name).read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"checkpoint '{path}' is torn: rank {rank} of {manifest.workers} did not finish "
+                f"it ({error})"
+            ) from error
+        for file, expected in facts.items():
+            if not (path / file).is_file() or _facts(path / file) != expected:
+                raise CheckpointError(
+                    f"checkpoint '{path}' is torn: '{file}' is not what rank {rank} wrote"
+                )
+    return manifest
 
 
 def _model_folder(path: str | Path) -> Path:
@@ -141,8 +239,8 @@ def read_checkpoint(path: str | Path) -> tuple[Manifest, Vocab, dict[str, torch.
     folder = _model_folder(path)
     try:
         vocab = Vocab.load(folder / _VOCAB)
-        weights = torch.load(folder / _WEIGHTS, map_location="cpu", weights_only=True)
-    except (DataError, OSError, RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+        weights = read_weights(folder)
+    except (DataError, OSError, EOFError, KeyError) as error:
         raise CheckpointError(f"checkpoint '{path}' is torn: {error}") from error
     if vocab.fingerprint != manifest.vocab_fingerprint:
         raise CheckpointError(
@@ -151,6 +249,21 @@ def read_checkpoint(path: str | Path) -> tuple[Manifest, Vocab, dict[str, torch.
             f"({manifest.vocab_fingerprint[:12]}); the folder was changed after training"
         )
     return manifest, vocab, weights
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The float32 state dict of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the file is missing or torn.
+    """
+    try:
+        if (folder / _WEIGHTS).is_file() or not (folder / _OLD_WEIGHTS).is_file():
+            return dict(load_file(str(folder / _WEIGHTS)))
+        loaded = torch.load(folder / _OLD_WEIGHTS, map_location="cpu", weights_only=True)
+    except (SafetensorError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise CheckpointError(f"checkpoint '{folder}' is torn: {error}") from error
+    return dict(loaded)
 
 
 def model_of(manifest: Manifest, vocab: Vocab) -> CellModel:
@@ -176,7 +289,7 @@ def export_model(source: Path, target: Path) -> None:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    for name in (_VOCAB, _WEIGHTS, _MANIFEST):
+    for name in MODEL_FILES:
         shutil.copyfile(source / name, partial / name)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

@@ -20,6 +20,7 @@ from cellray.infer.load import LoadedModel, load
 from cellray.models.base import CellClassifier, ModelConfig, begin
 from cellray.tasks.base import Split, Targets, Task, task
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
+from cellray.train.job import TrainJob, check_job
 from cellray.train.prepare import (
     Cells,
     check_vocab,
@@ -28,10 +29,10 @@ from cellray.train.prepare import (
     store_vocab,
     total_steps,
 )
+from cellray.train.rundir import RunDirectory
 from cellray.train.tracked import fit_tracked, pinned
 from cellray.train.tracking import Tracker, check_tracking, code_version, tracking_uri
-from cellray.train.trainer import RunDirectory, TrainResult, pick_device
-from cellray.train.worker import TrainJob, check_job
+from cellray.train.trainer import TrainResult, pick_device
 
 if TYPE_CHECKING:
     from cellray.runs import FinetuneRun

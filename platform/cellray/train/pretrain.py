@@ -13,6 +13,7 @@ from cellray.core.section import flatten, to_dict
 from cellray.models.base import ModelConfig, begin
 from cellray.objectives.classification import OBJECTIVE as CLASSIFICATION
 from cellray.train.checkpoint import Manifest, read_checkpoint
+from cellray.train.job import TrainJob, check_job
 from cellray.train.prepare import (
     TrainingData,
     check_vocab,
@@ -23,10 +24,10 @@ from cellray.train.prepare import (
     total_steps,
     validation_mask,
 )
+from cellray.train.rundir import RunDirectory
 from cellray.train.tracked import fit_tracked, pinned
 from cellray.train.tracking import check_tracking, code_version, tracking_uri
-from cellray.train.trainer import RunDirectory, TrainResult, pick_device
-from cellray.train.worker import TrainJob, check_job
+from cellray.train.trainer import TrainResult, pick_device
 
 if TYPE_CHECKING:
     from cellray.runs import PretrainRun

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 from cellray.core.errors import ConfigError
 from cellray.data.config import DataSection
-from cellray.data.plan import default_lanes
+from cellray.data.plan import default_lanes, rank_lanes
 from cellray.train.config import BatchSection, ScaleSection
 
-__all__ = ["check_batch"]
+__all__ = ["check_batch", "uneven_shares"]
 
 
 def check_batch(batch: BatchSection, scale: ScaleSection, data: DataSection) -> None:
     """The rules between batch, workers and lanes.
 
     Raises:
-        ConfigError: ``cells_global`` is not a multiple of ``cells_micro x workers``, or the lanes
-            do not fit the workers.
+        ConfigError: the lanes do not divide a global batch, or there are more workers than lanes.
     """
-    per_pass = batch.cells_micro * scale.workers
-    if batch.cells_global % per_pass:
-        below = batch.cells_global // per_pass * per_pass
-        fits = [str(n) for n in (below, below + per_pass) if n]
-        raise ConfigError(
-            f"batch.cells_global = {batch.cells_global} is not a multiple of batch.cells_micro x "
-            f"scale.workers = {batch.cells_micro} x {scale.workers} = {per_pass}; the nearest that "
-            f"fit: {' or '.join(fits)}"
-        )
     lanes = data.lanes or default_lanes(batch.cells_global)
-    if batch.cells_global % lanes or lanes % scale.workers:
+    if batch.cells_global % lanes or scale.workers > lanes:
         fits = [
             str(n)
-            for n in range(scale.workers, batch.cells_global + 1, scale.workers)
+            for n in range(scale.workers, batch.cells_global + 1)
             if batch.cells_global % n == 0
         ]
+        advice = f"allowed: {', '.join(fits[:8])}" if fits else "raise batch.cells_global"
         raise ConfigError(
-            f"data.lanes = {lanes} must divide batch.cells_global = {batch.cells_global} and be a "
-            f"multiple of scale.workers = {scale.workers}; allowed: {', '.join(fits[:8])}"
+            f"data.lanes = {lanes} must divide batch.cells_global = {batch.cells_global} and be at "
+            f"least scale.workers = {scale.workers}; {advice}"
         )
+
+
+def uneven_shares(batch: BatchSection, scale: ScaleSection, data: DataSection) -> str:
+    """A word on workers that do not divide a global batch evenly, "" where they do."""
+    lanes = data.lanes or default_lanes(batch.cells_global)
+    if lanes % scale.workers == 0:
+        return ""
+    per_lane = batch.cells_global // lanes
+    shares = [
+        len(rank_lanes(lanes, rank, scale.workers)) * per_lane for rank in (0, scale.workers - 1)
+    ]
+    return (
+        f"{scale.workers} workers share {lanes} lanes unevenly: {shares[0]} cells a step for some, "
+        f"{shares[1]} for others, and all wait for the slowest; numbers of workers that divide "
+        f"{lanes} share evenly"
+    )

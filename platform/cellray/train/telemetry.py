@@ -54,6 +54,12 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "cellray_padding_fraction", "gauge", "Padding in the batches, 0..1.", "padding_fraction"
     ),
+    Metric("cellray_mfu", "gauge", "Model FLOP utilisation of the GPUs, 0..1.", "mfu"),
+    Metric(
+        "cellray_memory_bytes", "gauge", "Peak memory of the largest worker, bytes.", "memory_bytes"
+    ),
+    Metric("cellray_gradient_norm", "gauge", "Gradient norm before clipping.", "gradient_norm"),
+    Metric("cellray_bad_steps", "gauge", "Steps left out so far.", "bad_steps"),
     Metric("cellray_eta_seconds", "gauge", "Expected seconds to the last step.", "eta_s"),
     Metric("cellray_step_seconds", "gauge", "Mean seconds of a step.", "step_s", "rank"),
     Metric(

@@ -9,9 +9,10 @@ from typing import Any
 
 from cellray.data.config import DataSection
 from cellray.train.config import CheckpointSection, TrackingSection
+from cellray.train.job import TrainJob
+from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import Tracker
-from cellray.train.trainer import RunDirectory, TrainResult, fit
-from cellray.train.worker import TrainJob
+from cellray.train.trainer import TrainResult, fit
 
 __all__ = ["fit_tracked"]
 

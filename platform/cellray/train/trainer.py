@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.callback import UserCallback
 
-from cellray.core.errors import CellrayError, CheckpointError, ConfigError
-from cellray.core.section import flatten, to_toml
+from cellray.core.errors import CellrayError, CheckpointError, ConfigError, StoppedError
 from cellray.train.caching import with_cache
-from cellray.train.checkpoint import export_model
+from cellray.train.checkpoint import export_model, read_manifest, verify
 from cellray.train.config import ScaleSection
+from cellray.train.job import TrainJob
+from cellray.train.progress import ReportCallback, watch
+from cellray.train.rundir import RunDirectory
+from cellray.train.saving import committed, newest_whole
 from cellray.train.tracking import Tracker
-from cellray.train.worker import TrainJob, train_worker
+from cellray.train.worker import train_worker
 
-__all__ = ["RunDirectory", "TrainResult", "ensure_ray", "fit", "kept_interrupt", "watch"]
+__all__ = ["TrainResult", "ensure_ray", "fit", "kept_interrupt"]
 
 Say = Callable[[str], None]
-_FREE_KEYS = ("scale.", "tracking.", "checkpoint.", "train.log_every_steps", "train.eval_cells")
 
 
 @dataclass(frozen=True)
@@ -101,167 +101,18 @@ def ensure_ray(
     have = ray.cluster_resources()
     if scale is None:
         return
-    gpus = scale.workers * scale.gpus_per_worker
+    fewest = scale.min_workers or scale.workers  # an elastic run begins with what there is
+    needed -= (
+        cpus_needed(scale) - cpus_needed(scale.model_copy(update={"workers": fewest}))
+    ) * times
+    gpus = fewest * scale.gpus_per_worker
     if have.get("CPU", 0) < needed or have.get("GPU", 0) < gpus:
         raise ConfigError(
-            f"the run reserves {needed:g} CPUs and {gpus:g} GPUs ({scale.workers} workers with "
+            f"the run reserves {needed:g} CPUs and {gpus:g} GPUs ({fewest} workers with "
             f"{scale.tokenizer_actors} tokenisation actors each, 1 CPU left for reading), the Ray "
             f"cluster has {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs; lower "
             "scale.workers, scale.cpus_per_worker or scale.cpus_per_actor, or add nodes"
         )
-
-
-class RunDirectory:
-    """``<checkpoint.dir>/<name>``: configuration, progress, checkpoints and the exported model.
-
-    Args:
-        root: ``checkpoint.dir``.
-        name: the run's name.
-    """
-
-    def __init__(self, root: str, name: str) -> None:
-        self.path = Path(root).resolve() / name
-        self.model = self.path / "model"
-        self.progress = self.path / "metrics.jsonl"
-
-    def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; {} if it is not there."""
-        file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else {}
-
-    def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write a JSON file of the run, at once."""
-        partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(value, indent=1, default=str))
-        os.replace(partial, self.path / name)
-
-    def rewind(self, step: int) -> None:
-        """Drop the progress after ``step``, whose steps are trained again."""
-        if not self.progress.is_file():
-            return
-        rows = self.progress.read_text().splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
-        partial = self.progress.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self.progress)
-
-    def enter(self, config: Mapping[str, Any], fingerprints: Mapping[str, str], mode: str) -> bool:
-        """Begin or continue the run; True if it had begun before.
-
-        Args:
-            config: the resolved configuration.
-            fingerprints: of vocabulary and data.
-            mode: ``checkpoint.resume``.
-
-        Raises:
-            ConfigError: another configuration was begun under this name.
-            CheckpointError: the vocabulary or the data changed since.
-        """
-        if mode == "never" and self.path.exists():
-            aside = next(
-                p
-                for i in range(1, 10_000)
-                if not (p := self.path.with_name(f"{self.path.name}.old{i}")).exists()
-            )
-            self.path.rename(aside)
-        began = self.read("run.json")
-        if not began:
-            self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "config.toml").write_text(to_toml(config) + "\n")
-            self.write("run.json", {"config": config, **fingerprints})
-            return False
-        self._same_config(began["config"], config)
-        for kind, value in fingerprints.items():
-            if began[kind] != value:
-                raise CheckpointError(
-                    f"run '{self.path.name}' was begun with another {kind}: {began[kind][:12]}, "
-                    f"now {value[:12]}; its checkpoints do not fit. Restore the data, give the "
-                    "run another name, or set checkpoint.resume = 'never' to start anew"
-                )
-        return True
-
-    def _same_config(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        old, new = flatten(before), flatten(now)
-        changed = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-            for key in sorted({*old, *new})
-            if old.get(key) != new.get(key) and not key.startswith(_FREE_KEYS)
-        ]
-        if changed:
-            raise ConfigError(
-                f"a run named '{self.path.name}' exists in {self.path.parent} with another "
-                f"configuration ({'; '.join(changed[:6])}); give this run another name, or set "
-                "checkpoint.resume = 'never' to move the old one aside"
-            )
-
-
-class ReportCallback(UserCallback):  # type: ignore[misc]
-    """On the controller: every report goes to the run's progress file and to MLflow.
-
-    Args:
-        progress: path of ``metrics.jsonl``.
-        uri: MLflow tracking store, "" for none.
-        run_id: the MLflow run.
-    """
-
-    def __init__(self, progress: str, uri: str, run_id: str) -> None:
-        self._progress, self._uri, self._run_id = progress, uri, run_id
-        self._tracker: Tracker | None = None
-
-    def after_report(
-        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
-    ) -> None:
-        """Write rank 0's metrics (they are sums over all ranks already)."""
-        row = {**metrics[0], "time": time.time(), "saved": checkpoint is not None}
-        with open(self._progress, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._uri:
-            self._tracker = self._tracker or Tracker(self._uri, self._run_id)
-            self._tracker.metrics(metrics[0], step=int(metrics[0]["step"]))
-
-
-def progress_line(name: str, row: Mapping[str, float], total: int) -> str:
-    """One report in words."""
-    parts = [
-        f"{name} step {int(row['step'])}/{total}",
-        f"loss {row['train/loss']:.4f}",
-        *([f"validation {row['validation/loss']:.4f}"] if "validation/loss" in row else []),
-        f"{row['cells_per_s']:.0f} cells/s",
-        f"{row['tokens_per_s']:.0f} tokens/s",
-        f"ETA {row['eta_s']:.0f} s",
-        *(["checkpoint"] if row.get("saved") else []),
-    ]
-    return "  ".join(parts)
-
-
-@contextmanager
-def watch(file: Path, name: str, total: int, say: Say) -> Any:
-    """Say every new line of a progress file while the body runs."""
-    stop = threading.Event()
-    start = file.stat().st_size if file.exists() else 0
-
-    def follow() -> None:
-        offset = start
-        while True:
-            last = stop.is_set()
-            if file.exists():
-                with open(file, encoding="utf-8") as lines:
-                    lines.seek(offset)
-                    for line in lines:
-                        if line.endswith("\n"):
-                            offset += len(line.encode())
-                            say(progress_line(name, json.loads(line), total))
-            if last:
-                return
-            stop.wait(1.0)
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 @contextmanager
@@ -286,30 +137,31 @@ def _poll_often() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
 
 
+def _workers(scale: ScaleSection) -> int | tuple[int, int]:
+    """How many workers, or from how many to how many."""
+    if scale.min_workers and scale.min_workers < scale.workers:
+        return scale.min_workers, scale.workers
+    return scale.workers
+
+
 def _trainer(job: TrainJob, run: RunDirectory, callbacks: list[Any]) -> TorchTrainer:
     _poll_often()
     resources: dict[str, float] = {"CPU": job.scale.cpus_per_worker}
     if job.scale.gpus_per_worker:
         resources["GPU"] = job.scale.gpus_per_worker
-    best = {}
-    if len(job.data.validation):
-        best = {
-            "checkpoint_score_attribute": "validation/loss",
-            "checkpoint_score_order": "min",
-        }
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": ray.put(job)},
         torch_config=TorchConfig(backend="nccl" if job.device == "cuda" else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=job.scale.workers,
+            num_workers=_workers(job.scale),
             use_gpu=job.scale.gpus_per_worker > 0,
             resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=job.scale.resize_interval_s,
         ),
         run_config=RunConfig(
             name="checkpoints",
             storage_path=str(run.path),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.checkpoint.keep_last, **best),
             failure_config=FailureConfig(max_failures=job.scale.max_failures),
             callbacks=callbacks,
         ),
@@ -330,14 +182,40 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _started_at(run: RunDirectory) -> int:
-    """Step of the newest committed checkpoint, 0 if there is none."""
-    snapshot = run.read("checkpoints/checkpoint_manager_snapshot.json")
-    latest = (snapshot.get("latest_checkpoint_result") or {}).get("checkpoint_dir_name")
-    if not latest:
-        return 0
-    manifest = run.read(f"checkpoints/{latest}/manifest.json")
-    return int(manifest.get("step", 0))
+def _begin(run: RunDirectory, say: Say, name: str) -> int:
+    """The step a run goes on from: what was noted after it is dropped.
+
+    Ray's own list of checkpoints is thrown away: ours is the one that counts, and Ray would refuse
+    to start where its list was cut short or names a folder that is gone.
+    """
+    folder, torn = newest_whole(run.path)
+    for text in torn:
+        say(f"{name}: {text}; an earlier one is taken")
+    step = read_manifest(folder).step if folder is not None else 0
+    if step:
+        say(f"{name}: resuming from step {step}")
+    run.rewind(step)
+    (run.path / "checkpoints" / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    return step
+
+
+def _chosen(run: RunDirectory, *, judged: bool) -> Path:
+    """The checkpoint to export: the best by validation loss of those kept, else the last.
+
+    Raises:
+        CheckpointError: there is no whole one.
+    """
+    notes = [n for n in committed(run.path) if (run.path / "checkpoints" / n["name"]).is_dir()]
+    if judged:
+        notes.sort(key=lambda note: -float(note.get("validation/loss", math.inf)))
+    for note in reversed(notes):
+        folder = run.path / "checkpoints" / str(note["name"])
+        try:
+            verify(folder)
+        except CheckpointError:
+            continue
+        return folder
+    raise CheckpointError(f"the run ended without a whole checkpoint in '{run.path}'")
 
 
 def fit(
@@ -348,19 +226,18 @@ def fit(
     say: Say,
     extra_callbacks: list[Any] | None = None,
 ) -> TrainResult:
-    """Train to the end, from the run's last checkpoint if there is one, and export the model.
+    """Train to the end, from the run's last whole checkpoint if there is one; export the model.
 
     Raises:
         CellrayError: what a worker found wrong, in its own words.
     """
     ensure_ray(job.scale)
-    job = with_cache(job, say)
-    began = _started_at(run)
-    if began:
-        say(f"{job.name}: resuming from step {began}")
-        run.rewind(began)
+    job = replace(with_cache(job, say), run_dir=str(run.path))
+    began = _begin(run, say, job.name)
     uri, run_id = (tracker.uri, tracker.run_id) if tracker else ("", "")
-    callbacks = [ReportCallback(str(run.progress), uri, run_id), *(extra_callbacks or [])]
+    keep = job.checkpoint.keep_last
+    notes = ReportCallback(str(run.progress), uri, run_id, keep_last=keep)
+    callbacks = [notes, *(extra_callbacks or [])]
     try:
         with kept_interrupt(), watch(run.progress, job.name, job.steps, say):
             result = _trainer(job, run, callbacks).fit()
@@ -369,17 +246,20 @@ def fit(
         if cause is not error:
             raise cause from error
         raise
-    if result.checkpoint is None:
-        raise CheckpointError(f"run '{job.name}' ended without a checkpoint in {run.path}")
-    chosen = result.checkpoint
-    if len(job.data.validation) and result.best_checkpoints:
-        chosen = min(result.best_checkpoints, key=lambda c: c[1].get("validation/loss", 1e30))[0]
-    with chosen.as_directory() as folder:
-        export_model(Path(folder), run.model)
-        step = int(json.loads((Path(folder) / "manifest.json").read_text())["step"])
-    metrics = {k: float(v) for k, v in (result.metrics or {}).items()}
+    stopped = (result.return_value or {}).get("stopped")
+    if stopped:
+        raise StoppedError(f"{job.name}: {stopped}")
+    folder = _chosen(run, judged=len(job.data.validation) > 0)
+    export_model(folder, run.model)
+    metrics = {k: float(v) for k, v in (result.metrics or {}).items() if k != "reported"}
     return TrainResult(
-        job.name, str(run.path), str(run.model), step, metrics, run_id, resumed_from_step=began
+        job.name,
+        str(run.path),
+        str(run.model),
+        read_manifest(folder).step,
+        metrics,
+        run_id,
+        resumed_from_step=began,
     )
 
 

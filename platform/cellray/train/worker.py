@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,130 +15,36 @@ import numpy.typing as npt
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
+from ray.train import CheckpointUploadMode
 from torch import nn
 
-from cellray.core import registry
 from cellray.core.batch import CellBatch
 from cellray.core.draw import Draw
-from cellray.core.errors import CheckpointError
-from cellray.core.section import build_section
+from cellray.core.errors import StoppedError
 from cellray.data.collate import collate_tokens
 from cellray.data.pipeline import token_stream
 from cellray.data.tokens import make_tokenizer
 from cellray.models.base import CellModel
-from cellray.nn.performer import RedrawSchedule
+from cellray.nn.recompute import compile_blocks, recompute_blocks
 from cellray.objectives.base import Objective
-from cellray.train.checkpoint import (
-    ENGINE_DIR,
-    Manifest,
-    model_of,
-    read_manifest,
-    write_checkpoint,
-)
-from cellray.train.config import (
-    BatchSection,
-    CheckpointSection,
-    EngineSection,
-    OptimSection,
-    ScaleSection,
-    TrainSection,
-)
-from cellray.train.engine import Engine, build_engine
-from cellray.train.loop import Collator, Loop
-from cellray.train.prepare import TrainingData
+from cellray.ops.hardware import peak_flops
+from cellray.train.cell_log import CellLog
+from cellray.train.checkpoint import ENGINE_DIR, Manifest, model_of, read_manifest, read_weights
+from cellray.train.engine import Engine, StepStats, build_engine
+from cellray.train.guard import LossGuard, write_bad_step
+from cellray.train.job import TrainJob, build_objective, load_backbone
+from cellray.train.loop import Host, Loop, StepInput
+from cellray.train.meter import WorkCounter
+from cellray.train.microbatch import Collator
+from cellray.train.profiling import StepProfiler
+from cellray.train.saving import Saver, newest_whole, remove_uncommitted
+from cellray.train.sizing import tokens_that_fit
 from cellray.train.telemetry import Telemetry
 
-__all__ = ["TrainJob", "build_objective", "check_job", "fitting_weights", "train_worker"]
+__all__ = ["train_worker"]
 
-
-@dataclass(frozen=True)
-class TrainJob:
-    """All a worker needs; picklable.
-
-    Attributes:
-        name: the run's name.
-        manifest: the checkpoint manifest of step 0.
-        data: source, plan and validation cells.
-        steps: last step of the run.
-        weights: what a fresh run starts with (name -> tensor), None to start anew; they travel
-            with the job, so that workers need not see the driver's disk.
-        train_backbone: False trains the classifier alone.
-        device: ``cpu`` or ``cuda``.
-    """
-
-    name: str
-    manifest: Manifest
-    data: TrainingData
-    steps: int
-    seed: int
-    optim: OptimSection
-    batch: BatchSection
-    train: TrainSection
-    engine: EngineSection
-    scale: ScaleSection
-    checkpoint: CheckpointSection
-    weights: Mapping[str, torch.Tensor] | None = None
-    train_backbone: bool = True
-    device: str = "cpu"
-
-
-def build_objective(config: Mapping[str, Any], vocab: Any) -> Objective:
-    """Build the objective that ``config["name"]`` names."""
-    unit = registry.find("cellray.objectives", config["name"], "OBJECTIVE")
-    objective: Objective = unit.build(build_section(unit.config, config), vocab)
-    return objective
-
-
-def fitting_weights(
-    model: CellModel, weights: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights under the model's names; a head of another shape is left out.
-
-    A classifier takes the weights of a bare backbone, and a backbone those of a classifier.
-
-    Raises:
-        CheckpointError: a weight of the backbone does not fit; ``model`` may be on ``meta``.
-    """
-    own = model.state_dict()
-    renamed = {}
-    for name, value in weights.items():
-        bare = name.removeprefix("backbone.")
-        renamed[next((n for n in (name, f"backbone.{name}", bare) if n in own), name)] = value
-    fitting = {n: v for n, v in renamed.items() if n in own and own[n].shape == v.shape}
-    wrong = [n for n in renamed if n not in fitting and not n.startswith("head.")]
-    if wrong:
-        here = tuple(own[wrong[0]].shape) if wrong[0] in own else "no such tensor"
-        raise CheckpointError(
-            f"the checkpoint of init_from does not fit the model: {len(wrong)} tensors differ, "
-            f"e.g. {wrong[0]}: {tuple(renamed[wrong[0]].shape)} in the checkpoint, {here} in the "
-            "model; give [model] and [tokenizer] as the checkpoint has them (cellray show)"
-        )
-    return fitting
-
-
-def load_backbone(model: CellModel, weights: Mapping[str, torch.Tensor]) -> None:
-    """Start ``model`` from a checkpoint's weights."""
-    model.load_state_dict({**model.state_dict(), **fitting_weights(model, weights)})
-    for module in model.modules():
-        if isinstance(module, RedrawSchedule):
-            module.begin_run()
-
-
-def check_job(job: TrainJob) -> None:
-    """Build on the driver, without memory, what every worker will build.
-
-    Raises:
-        CellrayError: tokenizer, objective, model or starting weights do not fit each other.
-    """
-    vocab = job.data.source.vocab
-    build_objective(job.manifest.objective, vocab)
-    unit = registry.find("cellray.objectives", job.manifest.objective["name"], "OBJECTIVE")
-    unit.check(build_section(unit.config, job.manifest.objective), job.manifest.tokenizer)
-    make_tokenizer(job.manifest.tokenizer, vocab)
-    with torch.device("meta"):
-        model = model_of(job.manifest, vocab)
-    if job.weights is not None:
-        fitting_weights(model, job.weights)
+_LOG = logging.getLogger(__name__)
 
 
 def freeze_unreached(model: nn.Module, objective: Objective, batch: CellBatch) -> list[str]:
@@ -153,35 +59,79 @@ def freeze_unreached(model: nn.Module, objective: Objective, batch: CellBatch) -
     return frozen
 
 
-class _Worker:
+def _shared(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+class _Worker(Host):
     """One rank of one training run."""
 
     def __init__(self, job: TrainJob) -> None:
         context = ray.train.get_context()
-        self.job = job
+        self.job, self.seed = job, job.seed
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = torch.device("cpu")
+        local = context.get_local_world_size()
         if job.device == "cuda":
             self.device = ray.train.torch.get_device()
+            torch.cuda.set_device(self.device)
         else:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed its guess
-            threads = job.scale.threads_per_worker
-            share = (os.cpu_count() or 1) // context.get_local_world_size()
-            torch.set_num_threads(threads or max(1, share))
+            share = (os.cpu_count() or 1) // local
+            torch.set_num_threads(job.scale.threads_per_worker or max(1, share))
         self.vocab = job.data.source.vocab
         self.objective = build_objective(job.manifest.objective, self.vocab)
-        self.collator = Collator(
-            self.objective,
-            self.vocab.pad,
-            job.batch.cells_micro,
-            job.seed,
-            packed=job.batch.packing == "packed",
-        )
+        self.session = float(_shared(time.time()))
+        self.before, folder = self._resumed()
+        self.first_step = self.before.step if self.before else 0
+        model = self._model(folder)
+        self.collator = self._collator(model, local)
+        self.counter = self._counter(model)
         self.validation, self.counted = self._validation()
-        self.engine, self.first_step = self._engine()
+        self.engine = self._engine(model, folder)
         self.telemetry = Telemetry(job.name, self.rank, first_step=self.first_step)
+        self.saver = Saver(
+            job.run_dir,
+            rank=self.rank,
+            vocab=self.vocab,
+            session=f"{int(self.session * 1000):x}",
+            commit=self._commit,
+        )
+        self.guard = LossGuard(
+            job.train.bad_steps,
+            factor=job.train.explosion_factor,
+            most=job.train.max_bad_steps,
+            state=self.before.loop if self.before else None,
+        )
+        self.cells = None
+        if job.train.log_cells:
+            self.cells = CellLog(
+                job.run_dir, rank=self.rank, world=self.world, session=self.session
+            )
+        self.profiler = StepProfiler(
+            job.train.profile_steps if self.rank == 0 else [], Path(job.run_dir) / "profile"
+        )
 
-    def _model(self) -> CellModel:
+    def _resumed(self) -> tuple[Manifest | None, Path | None]:
+        """The newest whole checkpoint; rank 0 looks, all take the same."""
+        found = ""
+        if self.rank == 0:
+            remove_uncommitted(self.job.run_dir)
+            folder, torn = newest_whole(self.job.run_dir)
+            for text in torn:
+                _LOG.warning("%s: %s; an earlier one is taken", self.job.name, text)
+            found = str(folder or "")
+        found = _shared(found)
+        if not found:
+            return None, None
+        return read_manifest(found), Path(found)
+
+    def _model(self, folder: Path | None) -> CellModel:
         job = self.job
         torch.manual_seed(job.seed)
         model = model_of(job.manifest, self.vocab)
@@ -195,28 +145,51 @@ class _Worker:
             codes = job.data.source.covariates(block.joinids)
             probe = collate_tokens(block, pad=self.vocab.pad, covariates=codes)
             freeze_unreached(model, self.objective, self.objective.corrupt(probe, Draw(0)))
+        if folder is not None:
+            model.load_state_dict(read_weights(folder))
+        if job.train.compile:
+            compile_blocks(model)
+        if job.train.activation_checkpointing:
+            recompute_blocks(model)
         return model.to(self.device)
 
-    def _engine(self) -> tuple[Engine, int]:
+    def _collator(self, model: CellModel, local: int) -> Collator:
+        job = self.job
+        collator = Collator(
+            self.objective,
+            self.vocab.pad,
+            job.batch.cells_micro,
+            job.seed,
+            packed=job.batch.packing == "packed",
+        )
+        return tokens_that_fit(
+            job, collator, model, rank=self.rank, world=self.world, local_workers=local
+        )
+
+    def _counter(self, model: CellModel) -> WorkCounter:
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
+        return WorkCounter(
+            model,
+            self.device,
+            peak_flops=peak_flops(name, self.job.train.precision),
+            workers=self.world,
+            recomputed=self.job.train.activation_checkpointing,
+        )
+
+    def _engine(self, model: CellModel, folder: Path | None) -> Engine:
         job = self.job
         engine = build_engine(
-            self._model(),
+            model,
             self.objective,
             name=job.engine.name,
             zero_stage=job.engine.zero_stage,
             optim=job.optim,
             precision=job.train.precision,
-            cells_micro=job.batch.cells_micro,
-            accumulation=job.batch.cells_global // (job.batch.cells_micro * self.world),
+            offload=job.engine.offload,
         )
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return engine, 0
-        with checkpoint.as_directory() as folder:
-            manifest = read_manifest(folder)
-            engine.load(Path(folder) / ENGINE_DIR)
-        torch.manual_seed(job.seed + manifest.step)
-        return engine, manifest.step
+        if folder is not None:
+            engine.load(folder / ENGINE_DIR)
+        return engine
 
     def _validation(self) -> tuple[list[CellBatch], int]:
         """This rank's share of the validation cells, and how many of its batches count.
@@ -234,9 +207,11 @@ class _Worker:
         chosen = joinids[np.linspace(0, len(joinids) - 1, wanted).round().astype(np.int64)]
         batches = self._judged(chosen[self.rank :: self.world])
         own = len(batches)
-        most = len(chosen[:: self.world])  # cells of rank 0, which has no fewer than any other
-        micro = job.batch.cells_micro
-        batches += self._judged(chosen[:1]) * (-(-most // micro) - own)
+        every: list[Any] = [own]
+        if self.world > 1:
+            every = [None] * self.world
+            dist.all_gather_object(every, own)
+        batches += self._judged(chosen[:1]) * (max(every) - own)
         return batches, own
 
     def _judged(self, joinids: npt.NDArray[np.int64]) -> list[CellBatch]:
@@ -249,26 +224,63 @@ class _Worker:
         return list(self.collator(block, source.covariates(joinids), epoch=0))
 
     def report(self, metrics: dict[str, float], save: bool) -> None:
-        """Send metrics, and on saving steps a checkpoint, to the controller."""
+        """Send metrics to the controller, and on saving steps write a checkpoint."""
         self.telemetry.observe(metrics)
         if not save:
             ray.train.report(metrics)
             return
-        folder = Path(tempfile.mkdtemp(prefix="cellray-checkpoint-"))
-        self._save(folder, metrics)
-        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(str(folder)))
-        shutil.rmtree(folder, ignore_errors=True)
+        job, step = self.job, int(metrics["step"])
+        last = step == job.steps
+        if not last:
+            ray.train.report(metrics)
+        manifest = job.manifest.at(
+            step,
+            asdict(job.data.plan.cursor(step)),
+            self.world,
+            dict(metrics),
+            random_state={"seed": job.seed, "drawn_by": "(seed, step, rank)", "step": step},
+            loop={**self.guard.state(), "tokens_micro": self.collator.tokens_micro},
+        )
+        wait = last or not job.checkpoint.background
+        noted = {**metrics, "reported": not last}
+        self.saver.save(self.engine.snapshot, manifest, noted, wait=wait)
 
-    def _save(self, folder: Path, metrics: Mapping[str, float]) -> None:
-        engine_dir = folder / ENGINE_DIR
-        engine_dir.mkdir()
-        self.engine.save(engine_dir)
-        weights = self.engine.weights()
-        if self.rank == 0:
-            step = int(metrics["step"])
-            cursor = asdict(self.job.data.plan.cursor(step))
-            manifest = self.job.manifest.at(step, cursor, self.world, dict(metrics))
-            write_checkpoint(folder, manifest, vocab=self.vocab, weights=weights)
+    def _commit(self, name: str, metrics: Mapping[str, float]) -> None:
+        """Report a checkpoint that all ranks have written."""
+        folder = Path(self.job.run_dir) / "checkpoints" / name
+        ray.train.report(
+            dict(metrics),
+            checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+        )
+
+    def vote(self) -> float:
+        """See :class:`cellray.train.saving.Saver`."""
+        return self.saver.vote()
+
+    def settle(self, votes: float) -> None:
+        """See :class:`cellray.train.saving.Saver`."""
+        self.saver.settle(votes)
+
+    def trained(
+        self, tokens: StepInput, batches: Sequence[CellBatch], stats: StepStats, lr: float
+    ) -> None:
+        """Log cells, profile, and judge a bad step."""
+        if self.cells is not None:
+            self.cells.write(tokens.step, tokens.epoch, tokens.block.joinids, taken=stats.taken)
+        self.profiler.step(tokens.step + 1)
+        if stats.taken:
+            return
+        where = write_bad_step(
+            self.job.run_dir,
+            step=tokens.step,
+            epoch=tokens.epoch,
+            rank=self.rank,
+            batches=batches,
+            stats=stats,
+            lr=lr,
+        )
+        self.guard.judge(tokens.step, stats, str(where))
 
     def run(self) -> None:
         """Train from the last checkpoint to the run's last step."""
@@ -280,11 +292,17 @@ class _Worker:
             train=job.train,
             total_steps=job.steps,
             save_every_steps=job.checkpoint.every_steps,
-            report=self.report,
+            host=self,
+            guard=self.guard,
+            counter=self.counter,
             validation=self.validation,
             validation_counted=self.counted,
         )
-        loop.run(self._stream())
+        try:
+            loop.run(self._stream())
+            self.saver.finish()
+        finally:
+            self.profiler.close()
 
     def _stream(self) -> Iterator[Any]:
         job = self.job
@@ -300,6 +318,15 @@ class _Worker:
         )
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """The function Ray Train runs on every worker; ``config["job"]`` references a TrainJob."""
-    _Worker(ray.get(config["job"])).run()
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """The function Ray Train runs on every worker; ``config["job"]`` references a TrainJob.
+
+    Returns:
+        ``{"stopped": text}`` where all ranks stopped together, for a reason that another try would
+        not mend; else {}.
+    """
+    try:
+        _Worker(ray.get(config["job"])).run()
+    except StoppedError as error:
+        return {"stopped": str(error)}
+    return {}

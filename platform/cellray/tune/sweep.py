@@ -18,8 +18,9 @@ from ray.tune.schedulers import ASHAScheduler
 from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import apply_overrides, flatten, read_toml, to_dict, to_toml
 from cellray.train.finetune import finetune, prepare_finetune
+from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import Tracker, check_tracking, tracking_uri
-from cellray.train.trainer import RunDirectory, ensure_ray, kept_interrupt
+from cellray.train.trainer import ensure_ray, kept_interrupt
 from cellray.tune.space import parse_space, sample
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ def trial_run(run: TuneRun, trial: int, base: dict[str, Any] | None = None) -> F
     raw["checkpoint"] = {
         **raw.get("checkpoint", {}),
         "dir": str(RunDirectory(run.checkpoint.dir, run.name).path / "trials"),
+        "background": False,  # a checkpoint written beside training is reported apart from metrics
     }
     raw["tracking"] = to_dict(run.tracking) | {
         "mlflow_uri": tracking_uri(run.tracking, run.checkpoint.dir),

@@ -187,9 +187,18 @@ def test_lanes_must_divide_the_global_batch():
         make(lanes=7)
 
 
-def test_workers_must_divide_the_lanes():
-    with pytest.raises(ConfigError, match="5 workers do not divide the plan's 24 lanes"):
-        make().rows(0, 0, 1, rank=0, world=5)
+def test_more_workers_than_lanes():
+    with pytest.raises(ConfigError, match="25 workers cannot share the plan's 24 lanes"):
+        make().rows(0, 0, 1, rank=0, world=25)
+
+
+@pytest.mark.parametrize("world", [2, 5, 7, 24])
+def test_workers_that_do_not_divide_the_lanes_share_the_same_cells(world):
+    plan = make()
+    whole = plan.rows(0, 0, 3)
+    parts = [plan.rows(0, 0, 3, rank=rank, world=world) for rank in range(world)]
+    assert [p.shape[1] for p in parts] == [plan.share(rank, world) for rank in range(world)]
+    assert np.array_equal(np.concatenate(parts, axis=1), whole)
 
 
 def test_default_lanes():

@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from cellray.core.blocks import TokenBlock
 from cellray.train.engine import StepStats
-from cellray.train.loop import Collator, _Window, prefetch
+from cellray.train.feed import prefetch
+from cellray.train.loop import _Window
+from cellray.train.meter import WorkCounter
+from cellray.train.microbatch import Collator
 
 
 def test_prefetch_keeps_order_and_content():
@@ -89,7 +93,8 @@ def test_the_padding_fraction_of_a_report_is_slots_without_a_token(packed, expec
     batches = Collator(_Count(), pad=9, cells_micro=2, seed=0, packed=packed)(
         five_cells(), {}, epoch=0
     )
-    window.add(batches, StepStats(1.0, 1), 0.0)
-    metrics = window.metrics()
+    counter = WorkCounter(None, torch.device("cpu"))
+    window.add(counter.of(batches), StepStats(1.0, 1), 0.0)
+    metrics = window.metrics(counter)
     assert metrics["tokens"] == 7  # six, and the pad token of the cell without tokens
     assert metrics["padding_fraction"] == pytest.approx(expected)

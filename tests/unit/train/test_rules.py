@@ -5,7 +5,7 @@ import pytest
 from cellray.core.errors import ConfigError
 from cellray.data.config import DataSection
 from cellray.train.config import BatchSection, EngineSection, ScaleSection, TrainSection
-from cellray.train.rules import check_batch
+from cellray.train.rules import check_batch, uneven_shares
 
 
 def check(cells_global, cells_micro, workers, lanes=0):
@@ -16,19 +16,48 @@ def check(cells_global, cells_micro, workers, lanes=0):
     )
 
 
-def test_cells_global_must_be_a_multiple():
+def test_more_workers_than_lanes_are_refused():
     with pytest.raises(
         ConfigError,
-        match=r"cells_global = 50 is not a multiple of batch.cells_micro x scale.workers = "
-        r"8 x 3 = 24; the nearest that fit: 48 or 72",
+        match=r"data.lanes = 2 must divide batch.cells_global = 24 and be at least scale.workers = "
+        r"3; allowed: 3, 4, 6, 8, 12, 24",
     ):
-        check(50, 8, 3)
+        check(24, 8, 3, lanes=2)
+    with pytest.raises(ConfigError, match=r"scale.workers = 9; raise batch.cells_global"):
+        check(8, 8, 9)
 
 
-def test_lanes_must_fit_the_workers():
-    with pytest.raises(ConfigError, match=r"data.lanes = 8 must divide .* allowed: 3, 6, 12, 24"):
-        check(24, 8, 3, lanes=8)
+def test_lanes_must_divide_a_global_batch():
+    with pytest.raises(ConfigError, match=r"data.lanes = 7 must divide .* allowed: 3, 4, 6, 8"):
+        check(24, 8, 3, lanes=7)
     check(24, 8, 3, lanes=6)
+
+
+def test_uneven_shares_are_told():
+    def told(cells_global, workers):
+        batch = BatchSection(cells_global=cells_global)
+        return uneven_shares(batch, ScaleSection(workers=workers), DataSection(uri="x"))
+
+    assert told(32, 4) == ""
+    assert "3 workers share 32 lanes unevenly: 11 cells a step for some, 10" in told(32, 3)
+
+
+def test_an_elastic_run_has_a_range_of_workers():
+    with pytest.raises(ValueError, match=r"min_workers = 3 is more than scale.workers = 2"):
+        ScaleSection(workers=2, min_workers=3)
+
+
+def test_offload_needs_a_stage_that_has_something_to_offload():
+    with pytest.raises(ValueError, match=r"offload = 'parameters' needs .* >= 3 \(given: 'deep"):
+        EngineSection(zero_stage=2, offload="parameters")
+    with pytest.raises(ValueError, match=r"offload = 'optimizer' needs .* \(given: 'torch'"):
+        EngineSection(name="torch", offload="optimizer")
+    assert EngineSection(zero_stage=1, offload="optimizer").offload == "optimizer"
+
+
+def test_a_trace_has_two_ends():
+    with pytest.raises(ValueError, match=r"profile_steps = \[9, 4\]: give the first and the last"):
+        TrainSection(steps=20, profile_steps=[9, 4])
 
 
 def test_default_lanes_fit_many_workers():

@@ -1,6 +1,6 @@
 import json
 
-from cellray.train.trainer import RunDirectory
+from cellray.train.rundir import RunDirectory
 
 
 def test_progress_after_the_step_of_the_checkpoint_is_dropped(tmp_path):
