@@ -189,8 +189,12 @@ class Geneformer(CellModel):
         rest = Activations(embedded + work.weights(self))
         if self.decoder is None:
             return encoder + rest
-        return encoder + rest + logits_activations(
-            work, num_classes=self.embedding.token.num_embeddings, width=config.width
+        return (
+            encoder
+            + rest
+            + logits_activations(
+                work, num_classes=self.embedding.token.num_embeddings, width=config.width
+            )
         )
 
     def embed_cells(self, batch: CellBatch) -> Tensor:

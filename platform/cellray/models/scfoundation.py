@@ -236,8 +236,8 @@ class Scfoundation(CellModel):
     def activations(self, work: Work) -> Activations:
         """The encoder over what it reads; with targets the decoder over every cell's panel."""
         config = self.config
-        share = 1 - work.hidden / max(float(np.sum(work.lengths_B)) + work.added, 1.0)
-        read_B = np.maximum(np.rint(work.lengths_B * share), 1).astype(np.int64)
+        share = 1 - work.hidden / max(float(np.sum(work.lengths)) + work.added, 1.0)
+        read_B = np.maximum(np.rint(work.lengths * share), 1).astype(np.int64)
         read = replace(work.with_lengths(read_B, packed=True), hidden=0.0)
         encoder = encoder_activations(
             read,

@@ -69,7 +69,7 @@ class Work:
     """A micro-batch, and how it is computed.
 
     Attributes:
-        lengths_B: real tokens of each cell, before the objective.
+        lengths: (B,) real tokens of each cell, before the objective.
         packed: whether the cells lie end to end.
         targets: positions predicted at, of all cells.
         hidden: tokens whose value is hidden, of all cells.
@@ -82,7 +82,7 @@ class Work:
         checkpointing: whether blocks keep their input alone and run again in the backward pass.
     """
 
-    lengths_B: I64
+    lengths: I64
     packed: bool = False
     targets: float = 0.0
     hidden: float = 0.0
@@ -97,19 +97,19 @@ class Work:
     @property
     def cells(self) -> int:
         """B."""
-        return len(self.lengths_B)
+        return len(self.lengths)
 
     @property
     def tokens(self) -> float:
         """N: tokens laid out, with padding if the batch is padded."""
         if self.packed:
-            return float(np.sum(self.lengths_B)) + self.added
+            return float(np.sum(self.lengths)) + self.added
         return float(self.cells * self.longest)
 
     @property
     def longest(self) -> float:
         """Tokens of the longest cell, with those that the objective adds."""
-        return float(np.max(self.lengths_B, initial=1)) + self.added / max(self.cells, 1)
+        return float(np.max(self.lengths, initial=1)) + self.added / max(self.cells, 1)
 
     @property
     def wide(self) -> int:
@@ -126,9 +126,9 @@ class Work:
         """Bytes that dropout keeps of each number: torch keeps the noise itself on a CPU."""
         return 1 if self.on_gpu else self.wide
 
-    def with_lengths(self, lengths_B: I64, *, packed: bool) -> Work:
+    def with_lengths(self, lengths: I64, *, packed: bool) -> Work:
         """The same work on another sequence."""
-        return replace(self, lengths_B=lengths_B, packed=packed, added=0.0)
+        return replace(self, lengths=lengths, packed=packed, added=0.0)
 
     def weights(self, model: Any) -> float:
         """Bytes of the bfloat16 copies that autocast makes of float32 matrices."""
@@ -150,10 +150,10 @@ def _calls(work: Work) -> _Calls:
     if not work.packed:
         return _Calls(work.tokens, work.cells * work.longest**2)
     if work.varlen:
-        squares = float(np.square(np.asarray(work.lengths_B, dtype=np.float64)).sum())
+        squares = float(np.square(np.asarray(work.lengths, dtype=np.float64)).sum())
         return _Calls(work.tokens, squares)
     slots = pairs = 0.0
-    for group in Packing.of(work.lengths_B).groups:
+    for group in Packing.of(work.lengths).groups:
         cells, longest = group.tokens_bt.shape
         slots += cells * longest
         pairs += cells * float(longest) ** 2
@@ -224,8 +224,11 @@ def encoder_activations(
     block = tokens * (2.0 * work.norm * width + read * wide * width)
     block += tokens * ffn_width * wide * (2 if activation == "gelu" else 1)
     block += tokens * work.mask * width * 2 * bool(dropout)
-    block += tokens * ffn_width * (work.mask + (wide if activation == "relu" else 0)) * bool(
-        inner_dropout
+    block += (
+        tokens
+        * ffn_width
+        * (work.mask + (wide if activation == "relu" else 0))
+        * bool(inner_dropout)
     )
     attention = _attention(work, width=width, num_heads=num_heads, dropout=attention_dropout)
     passing = tokens * (2.0 * wide * ffn_width + 2 * 4 * width)
@@ -284,9 +287,7 @@ def logits_activations(work: Work, *, num_classes: int, width: int) -> Activatio
     )
 
 
-def _stacked(
-    work: Work, num_layers: int, block: float, passing: float, width: int
-) -> Activations:
+def _stacked(work: Work, num_layers: int, block: float, passing: float, width: int) -> Activations:
     """All blocks, or with checkpointing their inputs, and one block while it runs again."""
     if not work.checkpointing:
         return Activations(num_layers * block, passing)
