@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cellray.core.errors import CellrayError, ConfigError
-from cellray.core.section import to_dict, to_toml
+from cellray.core.section import read_toml, to_dict, to_toml
 from cellray.runs import JOBS, load_run, run_job
 
 __all__ = ["main"]
@@ -39,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
             action="store_true",
             help="validate, print the resolved configuration and an estimate, start nothing",
         )
+    _add_plan(commands)
     submit = commands.add_parser("submit", help="run a job on a running Ray cluster (Ray Jobs)")
     submit.add_argument("job", metavar="JOB", help=", ".join(JOBS))
     submit.add_argument("words", nargs="*", metavar="FILE.toml | key=value")
@@ -90,6 +92,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_plan(commands: Any) -> None:
+    text = "steps, hours, cost, memory by ZeRO stage and disk of a training run, before it starts"
+    plan = commands.add_parser("plan", help=text, description=text)
+    plan.add_argument("words", nargs="*", metavar="FILE.toml | key=value")
+    plan.add_argument("--hardware", default="", help="h100, a100, h200, cpu ... or NAME:TFLOPS:GB")
+    plan.add_argument("--gpus", type=int, default=0, help="workers, in the place of scale.workers")
+    plan.add_argument("--cells-per-second", type=float, default=0.0, help="measured, of one worker")
+    plan.add_argument("--mfu", type=float, default=0.0, help="assumed share of the peak (0.3)")
+    plan.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, in any currency")
+
+
 def _split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The configuration file (at most one, first) and the overrides among the words."""
     overrides = [w for w in words if "=" in w and not Path(w).is_file()]
@@ -115,6 +128,31 @@ def _check(job: str, words: Sequence[str]) -> int:
     print(to_toml(to_dict(run)))
     print()
     for line in estimate(run):
+        print(line)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from cellray.ops.planner import PlanOptions, estimate
+
+    path, overrides = _split_words(arguments.words)
+    if path is None:
+        raise ConfigError("cellray plan needs a configuration file: plan FILE.toml")
+    for name in ("gpus", "cells_per_second", "mfu", "price"):
+        value = getattr(arguments, name)
+        if value < 0 or (name == "mfu" and value > 1):
+            most = " and at most 1" if name == "mfu" else ""
+            raise ConfigError(f"--{name.replace('_', '-')} {value:g}: give a number above 0{most}")
+    raw = read_toml(path)
+    run = load_run("finetune" if "task" in raw else "pretrain", path, overrides)
+    options = PlanOptions(
+        hardware=arguments.hardware,
+        workers=arguments.gpus,
+        cells_per_second=arguments.cells_per_second,
+        mfu=arguments.mfu,
+        price=arguments.price,
+    )
+    for line in estimate(run, options):
         print(line)
     return 0
 
@@ -232,6 +270,8 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if arguments.command in JOBS:
             return _job(arguments.command, arguments.words, check=arguments.check)
+        if arguments.command == "plan":
+            return _plan(arguments)
         if arguments.command == "submit":
             return _submit(arguments)
         if arguments.command == "show":

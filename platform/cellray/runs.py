@@ -36,6 +36,7 @@ from cellray.train.config import (
     TrackingSection,
     TrainSection,
 )
+from cellray.train.plan_config import PlanSection
 from cellray.train.rules import check_batch
 
 __all__ = [
@@ -112,12 +113,14 @@ class PretrainRun(_TrainingRun):
         tokenizer: by default the one the family's source uses.
         objective: by default the one the family's source is pretrained with.
         init_from: checkpoint whose weights and vocabulary training starts with; "" starts anew.
+        plan: what ``cellray plan`` counts with instead of opening the store.
     """
 
     model: Section
     tokenizer: Section
     objective: Section
     init_from: str = ""
+    plan: PlanSection | None = None
 
 
 class FinetuneRun(_TrainingRun):

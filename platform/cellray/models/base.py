@@ -19,6 +19,7 @@ from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.errors import ConfigError, did_you_mean
 from cellray.core.section import Section
 from cellray.data.vocab import Vocab
+from cellray.nn.activations import Activations, Work
 from cellray.nn.flops import TRAINING, linear_flops
 
 __all__ = [
@@ -84,6 +85,13 @@ class CellModel(nn.Module):
             cell_prompt: whether the batch asks for the second pass prompted by the cell embedding.
         """
         return 0.0
+
+    def activations(self, work: Work) -> Activations:
+        """Bytes that a training pass over a micro-batch needs beside weights and gradients.
+
+        Counted as :mod:`cellray.nn.activations` says; nothing means that the family does not count.
+        """
+        return Activations()
 
     def read_lengths(self, batch: CellBatch) -> npt.NDArray[np.int64]:
         """Tokens of each cell that the model reads, (B,): all that are not padding."""
@@ -297,6 +305,10 @@ class CellClassifier(CellModel):
         backbone = self.backbone.training_flops(lengths_B, 0)
         return backbone + TRAINING * linear_flops(self.head) * len(lengths_B)
 
+    def activations(self, work: Work) -> Activations:
+        """The backbone's, which sees no targets; a head of classes is small beside it."""
+        return self.backbone.activations(replace(work, targets=0.0, hidden=0.0, added=0.0))
+
     def read_lengths(self, batch: CellBatch) -> npt.NDArray[np.int64]:
         """What the backbone reads."""
         return self.backbone.read_lengths(batch)
@@ -328,6 +340,10 @@ class GeneClassifier(CellModel):
         """The backbone's, and the head's linear layers at every token."""
         backbone = self.backbone.training_flops(lengths_B, 0)
         return backbone + TRAINING * linear_flops(self.head) * float(np.sum(lengths_B))
+
+    def activations(self, work: Work) -> Activations:
+        """The backbone's, which sees no targets; a head of classes is small beside it."""
+        return self.backbone.activations(replace(work, targets=0.0, hidden=0.0, added=0.0))
 
     def read_lengths(self, batch: CellBatch) -> npt.NDArray[np.int64]:
         """What the backbone reads."""

@@ -22,6 +22,12 @@ from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError
 from cellray.core.packing import Packing
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.activations import (
+    Activations,
+    Work,
+    encoder_activations,
+    logits_activations,
+)
 from cellray.nn.attention import Kernel
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.embeddings import RankedEmbedding
@@ -164,6 +170,32 @@ class Geneformer(CellModel):
             return encoder
         tied = 2.0 * config.width * self.embedding.token.num_embeddings
         return encoder + TRAINING * num_targets * (linear_flops(self.decoder) + tied)
+
+    def activations(self, work: Work) -> Activations:
+        """The encoder, the embedding's norm, and logits over the vocabulary at targets."""
+        config = self.config
+        attention = config.attention_dropout
+        encoder = encoder_activations(
+            work,
+            num_layers=config.num_layers,
+            width=config.width,
+            num_heads=config.num_heads,
+            ffn_width=config.ffn_width,
+            activation=config.activation,
+            dropout=config.dropout,
+            attention_dropout=config.dropout if attention is None else attention,
+        )
+        embedded = work.tokens * config.width * (4.0 + work.mask * bool(config.dropout))
+        rest = Activations(embedded + work.weights(self))
+        if self.decoder is None:
+            return encoder + rest
+        return (
+            encoder
+            + rest
+            + logits_activations(
+                work, num_classes=self.embedding.token.num_embeddings, width=config.width
+            )
+        )
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """Pooled hidden state of ``config.embedding_layer``, (B, D) float32."""

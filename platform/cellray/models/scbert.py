@@ -25,6 +25,7 @@ from cellray.data.gene_table import read_gene_table
 from cellray.data.vocab import Vocab
 from cellray.models._panel import Panel
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.activations import Activations, Work, performer_activations
 from cellray.nn.favor import KeyMax, num_features
 from cellray.nn.flops import TRAINING, linear_flops, training_performer_flops
 from cellray.nn.heads import GeneAxisClassifier
@@ -155,6 +156,24 @@ class Scbert(CellModel):
             num_features=num_features(config.head_width),
         )
         return encoder + TRAINING * linear_flops(self.to_bins) * num_targets
+
+    def activations(self, work: Work) -> Activations:
+        """The Performer and the last norm over the whole panel of every cell."""
+        config = self.config
+        panel = np.full(work.cells, self.panel.num_places, dtype=np.int64)
+        work = work.with_lengths(panel, packed=False)
+        encoder = performer_activations(
+            work,
+            num_layers=config.num_layers,
+            width=config.width,
+            num_heads=config.num_heads,
+            head_width=config.head_width,
+            ffn_width=config.ffn_width,
+            num_features=num_features(config.head_width),
+            dropout=config.dropout,
+        )
+        # the norm's input, and its output, which the batch's tokens are gathered from
+        return encoder + Activations(work.tokens * config.width * 8.0 + work.weights(self))
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """See ``config.cell_embedding``, (B, D) float32."""

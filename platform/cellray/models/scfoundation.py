@@ -13,7 +13,7 @@ end to end, D encoder width, E decoder width, V value bins, M chosen genes of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -26,6 +26,12 @@ from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.packing import Packing
 from cellray.models._panel import Panel
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.activations import (
+    Activations,
+    Work,
+    encoder_activations,
+    performer_activations,
+)
 from cellray.nn.attention import Kernel
 from cellray.nn.blocks import BlockSpec, Encoder
 from cellray.nn.embeddings import SoftBinEmbedding
@@ -226,6 +232,41 @@ class Scfoundation(CellModel):
         read = self._read(batch, self.panel.places(batch))
         counts_B = torch.bincount(batch.token_rows()[read].cpu(), minlength=len(batch))
         return np.asarray(counts_B.clamp(min=1).numpy(), dtype=np.int64)
+
+    def activations(self, work: Work) -> Activations:
+        """The encoder over what it reads; with targets the decoder over every cell's panel."""
+        config = self.config
+        share = 1 - work.hidden / max(float(np.sum(work.lengths)) + work.added, 1.0)
+        read_B = np.maximum(np.rint(work.lengths * share), 1).astype(np.int64)
+        read = replace(work.with_lengths(read_B, packed=True), hidden=0.0)
+        encoder = encoder_activations(
+            read,
+            num_layers=config.num_layers,
+            width=config.width,
+            num_heads=config.num_heads,
+            ffn_width=config.ffn_width,
+            dropout=config.dropout,
+            attention_dropout=config.dropout,
+            inner_dropout=config.dropout,
+        )
+        # mixing of values; the last norm; its output where the decoder and the pool take it
+        around = read.tokens * (3.0 * work.wide * config.value_bins + 4 * 4 * config.width)
+        encoder += Activations(around + work.weights(self))
+        if not work.targets:
+            return encoder
+        panel = np.full(work.cells, self.panel.num_places, dtype=np.int64)
+        panel_work = work.with_lengths(panel, packed=False)
+        decoder = performer_activations(
+            panel_work,
+            num_layers=config.decoder_layers,
+            width=config.decoder_width,
+            num_heads=config.decoder_heads,
+            head_width=config.decoder_head_width,
+            ffn_width=config.decoder_ffn_width,
+            num_features=num_features(config.decoder_head_width),
+        )
+        last = panel_work.tokens * config.decoder_width * 2.0 * work.norm
+        return encoder + decoder + Activations(last)
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """See ``config.cell_embedding``; (B, 4 D) or (B, D) float32; the decoder does not run."""

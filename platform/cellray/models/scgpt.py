@@ -25,6 +25,7 @@ from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.models._generation import generate_values
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.activations import Activations, Work, encoder_activations
 from cellray.nn.attention import Kernel
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
 from cellray.nn.domain import BatchAdversary, BatchLabels, DomainNorm
@@ -240,6 +241,24 @@ class Scgpt(CellModel):
         values = linear_flops(self.values) * float(np.sum(lengths_B))
         told = linear_flops(self.adversary) * len(lengths_B) if num_targets else 0.0
         return passes * encoder + TRAINING * (values + per_target * num_targets + told)
+
+    def activations(self, work: Work) -> Activations:
+        """The encoder, twice with a cell prompt; two embeddings' norms; decoders at targets."""
+        config, width = self.config, self.config.width
+        encoder = encoder_activations(
+            work,
+            num_layers=config.num_layers * (2 if work.cell_prompt and work.targets else 1),
+            width=width,
+            num_heads=config.num_heads,
+            ffn_width=config.ffn_width,
+            activation=config.activation,
+            dropout=config.dropout,
+            attention_dropout=config.dropout,
+            inner_dropout=config.dropout,
+        )
+        embedded = work.tokens * width * (2 * 4.0 + work.wide + work.mask * bool(config.dropout))
+        decoders = work.targets * width * 9.0 * work.wide
+        return encoder + Activations(embedded + decoders + work.weights(self))
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """The output at ``<cls>`` with every value known, (B, D) float32."""

@@ -28,6 +28,7 @@ from cellray.data.gene_sets import choose_gene_sets, random_gene_sets, read_gmt
 from cellray.data.vocab import Vocab
 from cellray.models._panel import Panel
 from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.nn.activations import Activations, Work, encoder_activations
 from cellray.nn.flops import TRAINING, linear_flops, training_encoder_flops
 from cellray.nn.pathways import PathwayBlock, PathwayProjection, attention_rollout
 
@@ -147,6 +148,26 @@ class Tosica(CellModel):
         )
         head = TRAINING * linear_flops(self.pre_logits)
         return blocks + cells * (2.0 * 2.0 * pairs * config.width + head)
+
+    def activations(self, work: Work) -> Activations:
+        """Blocks over the pathways of every cell, and the members' values."""
+        config = self.config
+        pathways = np.full(work.cells, self.fixed_length, dtype=np.int64)
+        work = work.with_lengths(pathways, packed=False)
+        blocks = encoder_activations(
+            work,
+            num_layers=config.num_layers,
+            width=config.width,
+            num_heads=config.num_heads,
+            ffn_width=4 * config.width,
+            activation="gelu",
+            dropout=config.dropout,
+            attention_dropout=config.dropout,
+            inner_dropout=config.dropout,
+        )
+        pairs = sum(len(genes) for genes in self.projection.members)
+        around = work.cells * float(work.wide * pairs) + work.tokens * 4.0 * config.width
+        return blocks + Activations(around + work.weights(self))
 
     def embed_cells(self, batch: CellBatch) -> Tensor:
         """The output at CLS, (B, W) float32."""

@@ -13,7 +13,7 @@ from cellray.core.draw import Draw
 from cellray.core.section import Section
 from cellray.data.vocab import Vocab
 
-__all__ = ["Loss", "Objective", "ObjectiveConfig", "ObjectiveUnit"]
+__all__ = ["Load", "Loss", "Objective", "ObjectiveConfig", "ObjectiveUnit"]
 
 
 class ObjectiveConfig(Section):
@@ -49,6 +49,27 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Load:
+    """What an objective makes of a cell on average, for estimates of memory and work.
+
+    Attributes:
+        targets: positions predicted at.
+        hidden: tokens whose value the model does not see.
+        added: tokens that join the cell.
+        prompt_after: step from which a second pass prompted by the cell embedding runs, None never.
+    """
+
+    targets: float
+    hidden: float = 0.0
+    added: float = 0.0
+    prompt_after: int | None = None
+
+
+def _one_target(config: Any, tokens: float, num_genes: int) -> Load:
+    return Load(targets=1.0)
+
+
 def _anything(config: Any, tokenizer: Mapping[str, Any]) -> None:
     """Every tokenizer serves."""
 
@@ -62,9 +83,11 @@ class ObjectiveUnit:
         config: its configuration class.
         build: (config, vocab) -> objective.
         check: (config, tokenizer's configuration) refuses tokens that it cannot work with.
+        load: (config, tokens of a cell, genes of the vocabulary) -> what becomes of the cell.
     """
 
     name: str
     config: type[ObjectiveConfig]
     build: Callable[[Any, Vocab], Objective]
     check: Callable[[Any, Mapping[str, Any]], None] = _anything
+    load: Callable[[Any, float, int], Load] = _one_target

@@ -33,7 +33,7 @@ from cellray.core.errors import ConfigError
 from cellray.core.packing import Packing
 from cellray.data.vocab import Vocab
 from cellray.objectives._keyed import is_gene_table, missing_prediction
-from cellray.objectives.base import Loss, ObjectiveConfig, ObjectiveUnit
+from cellray.objectives.base import Load, Loss, ObjectiveConfig, ObjectiveUnit
 
 __all__ = ["OBJECTIVE", "Depth", "DepthObjectiveConfig"]
 
@@ -282,4 +282,13 @@ def _check(config: DepthObjectiveConfig, tokenizer: Mapping[str, Any]) -> None:
         )
 
 
-OBJECTIVE = ObjectiveUnit(name="depth", config=DepthObjectiveConfig, build=_build, check=_check)
+def _load(config: DepthObjectiveConfig, tokens: float, num_genes: int) -> Load:
+    """As if no cell were lowered in depth, which leaves it fewer genes to read."""
+    zeros = config.zero_fraction * max(num_genes - tokens, 0.0)
+    chosen = config.value_fraction * tokens + zeros
+    return Load(targets=chosen, hidden=config.mask_fraction * chosen, added=zeros)
+
+
+OBJECTIVE = ObjectiveUnit(
+    name="depth", config=DepthObjectiveConfig, build=_build, check=_check, load=_load
+)

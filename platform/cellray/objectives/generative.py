@@ -34,7 +34,7 @@ from cellray.objectives._keyed import (
     missing_prediction,
     smallest_of_each_cell,
 )
-from cellray.objectives.base import Loss, ObjectiveConfig, ObjectiveUnit
+from cellray.objectives.base import Load, Loss, ObjectiveConfig, ObjectiveUnit
 
 __all__ = ["OBJECTIVE", "Generative", "GenerativeConfig", "elastic_similarity"]
 
@@ -206,4 +206,10 @@ def _build(config: GenerativeConfig, vocab: Vocab) -> Generative:
     return Generative(config=config, is_gene=is_gene_table(vocab))
 
 
-OBJECTIVE = ObjectiveUnit(name="generative", config=GenerativeConfig, build=_build)
+def _load(config: GenerativeConfig, tokens: float, num_genes: int) -> Load:
+    chosen = float(np.mean(config.mask_ratios)) * tokens
+    hidden = 0.0 if config.hide == "value" else chosen
+    return Load(targets=chosen, hidden=hidden, prompt_after=config.cell_prompt_after_steps)
+
+
+OBJECTIVE = ObjectiveUnit(name="generative", config=GenerativeConfig, build=_build, load=_load)

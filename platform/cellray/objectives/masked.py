@@ -24,7 +24,7 @@ from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.draw import Draw
 from cellray.data.vocab import Vocab
 from cellray.objectives._keyed import gene_positions, is_gene_table, missing_prediction
-from cellray.objectives.base import Loss, ObjectiveConfig, ObjectiveUnit
+from cellray.objectives.base import Load, Loss, ObjectiveConfig, ObjectiveUnit
 
 __all__ = ["OBJECTIVE", "Masked", "MaskedConfig"]
 
@@ -122,4 +122,8 @@ def _build(config: MaskedConfig, vocab: Vocab) -> Masked:
     )
 
 
-OBJECTIVE = ObjectiveUnit(name="masked", config=MaskedConfig, build=_build)
+def _load(config: MaskedConfig, tokens: float, num_genes: int) -> Load:
+    return Load(targets=config.fraction * tokens)
+
+
+OBJECTIVE = ObjectiveUnit(name="masked", config=MaskedConfig, build=_build, load=_load)

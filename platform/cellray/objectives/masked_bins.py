@@ -28,7 +28,7 @@ from cellray.objectives._keyed import (
     missing_prediction,
     smallest_of_each_cell,
 )
-from cellray.objectives.base import Loss, ObjectiveConfig, ObjectiveUnit
+from cellray.objectives.base import Load, Loss, ObjectiveConfig, ObjectiveUnit
 
 __all__ = ["OBJECTIVE", "MaskedBins", "MaskedBinsConfig"]
 
@@ -108,4 +108,9 @@ def _build(config: MaskedBinsConfig, vocab: Vocab) -> MaskedBins:
     return MaskedBins(config=config, is_gene=is_gene_table(vocab))
 
 
-OBJECTIVE = ObjectiveUnit(name="masked_bins", config=MaskedBinsConfig, build=_build)
+def _load(config: MaskedBinsConfig, tokens: float, num_genes: int) -> Load:
+    chosen = config.fraction * tokens
+    return Load(targets=chosen, hidden=chosen * (1 - config.keep_fraction))
+
+
+OBJECTIVE = ObjectiveUnit(name="masked_bins", config=MaskedBinsConfig, build=_build, load=_load)

@@ -1,113 +1,303 @@
-"""What a run will take: steps, hours, memory per worker and disk, before anything starts.
+"""What a run will take: steps, hours, cost, memory by ZeRO stage, disk and reads, beforehand.
 
-The formulae, all stated with the estimate:
-    memory   float32 weights, gradients and AdamW's two moments are 16 bytes a parameter; a ZeRO
-             stage divides moments (1), gradients (2) and weights (3) by the workers. bf16 adds
-             2 bytes for the working copy. Activations are counted as 34 T D + 5 H T^2 values a
-             layer and cell of the micro-batch (Korthikanti et al. 2022, arXiv:2205.05198); T is the
-             length of a model's own sequence where it has one, and linear attention has no T^2.
-    compute  6 x (parameters that are not embedding tables) per token, plus 12 T D per token and
-             layer for attention, forward and backward together.
-    hours    compute divided by an assumed rate, named in the line.
+The formulae:
+    operations  of real tokens, forward and backward, as the model counts them (cellray.nn.flops)
+    hours       operations / (peak x utilisation x workers), or cells / (measured rate x workers)
+    memory      cellray.ops.memory and cellray.nn.activations, for the largest micro-batch: as many
+                cells as ``batch`` allows, all as long as the longest
+    disk        12 bytes a parameter a checkpoint: float32 weights and two moments; ``keep_last``
+                checkpoints, the best one, and 4 bytes a parameter of the exported model
+    reads       every cell of every step from the store, or once to fill a token cache
+    tokenising  10,000 cells of 1,845 genes a second and core, in proportion to genes
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-from torch import nn
 
-from cellray.models.base import CellModel
+from cellray.core.errors import ConfigError
+from cellray.nn.activations import Activations, Work
+from cellray.ops.facts import RunFacts, of_job, of_section
+from cellray.ops.hardware import PRESETS, Hardware, hardware_of, peak_flops
+from cellray.ops.memory import USABLE, States, model_states, peak_memory
 
 if TYPE_CHECKING:
-    from cellray.runs import Run
-    from cellray.train.job import TrainJob
+    from cellray.runs import FinetuneRun, PretrainRun, Run
 
-__all__ = ["Estimate", "count_parameters", "estimate", "estimate_training"]
+__all__ = ["Plan", "PlanOptions", "estimate", "plan_lines", "plan_of"]
 
-# Sustained FLOP/s assumed for the hours, per worker: a CPU core doing float32 matrix products, and
-# 30 % of an A100's 312 TFLOP/s dense bf16 peak.
-_CPU_RATE = 2e10
-_GPU_RATE = 0.3 * 312e12
+_TOKENISED = 10_000.0 * 1_845  # genes a second and core (README, "Speed")
+_DEFAULT_MFU = 0.3
+_SHORT_STEP_S = 0.1
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a training run will take.
+class PlanOptions:
+    """What the command line, or the ``[plan]`` section, says about the machine.
 
     Attributes:
-        num_parameters: all parameters.
-        num_embedding: those in lookup tables.
-        memory_bytes: per worker, weights to activations.
-        checkpoint_bytes: one checkpoint on disk.
-        flops: of the whole run.
-        hours: at the assumed rate.
+        hardware: preset or NAME:TFLOPS:GB; "" takes this machine's, or an A100.
+        workers: number of workers; 0 takes ``scale.workers``.
+        cells_per_second: measured, per worker; 0 counts operations.
+        mfu: assumed share of the peak.
+        price: per GPU-hour; 0 gives no cost.
     """
 
+    hardware: str = ""
+    workers: int = 0
+    cells_per_second: float = 0.0
+    mfu: float = 0.0
+    price: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of a worker under one engine.
+
+    Attributes:
+        name: engine, stage and offloading, in words.
+        peak: as configured.
+        recomputed: with activation checkpointing.
+        host: in the host's memory, for each worker.
+        chosen: whether the run is configured so.
+    """
+
+    name: str
+    peak: float
+    recomputed: float
+    host: float
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take.
+
+    Attributes:
+        facts: what the estimate knows of the run.
+        hardware: what it runs on.
+        workers: how many.
+        flops: of the whole run.
+        rate: cells a second of one worker.
+        basis: what the rate rests on, in words.
+        assumed: share of the peak that is assumed, 0 if none is.
+        hours: of the wall clock.
+        price: per worker-hour, 0 if unknown.
+        stages: memory by engine.
+        activations: of the largest micro-batch.
+        micro_cells: its cells.
+        num_parameters: of the model.
+    """
+
+    facts: RunFacts
+    hardware: Hardware
+    workers: int
+    flops: float
+    rate: float
+    basis: str
+    assumed: float
+    hours: float
+    price: float
+    stages: tuple[StageMemory, ...]
+    activations: Activations
+    micro_cells: int
     num_parameters: int
     num_embedding: int
-    memory_bytes: float
-    checkpoint_bytes: float
-    flops: float
-    hours: float
+
+    @property
+    def worker_hours(self) -> float:
+        """GPU-hours on GPUs."""
+        return self.hours * self.workers
+
+    @property
+    def checkpoint_bytes(self) -> float:
+        """One checkpoint on disk: float32 weights and both moments."""
+        return 12.0 * self.num_parameters
+
+    @property
+    def kept_bytes(self) -> float:
+        """All that stays on disk at the end: checkpoints, the best one, the exported model."""
+        section, steps = self.facts.checkpoint, self.facts.steps
+        saves = 1 + (max(steps - 1, 0) // section.every_steps if section.every_steps else 0)
+        best = 1 if self.facts.train.eval_every_steps else 0
+        kept = min(saves, section.keep_last + best)
+        return kept * self.checkpoint_bytes + 4.0 * self.num_parameters
+
+    @property
+    def read_bytes(self) -> float:
+        """From the store, and from the token cache, in all."""
+        facts = self.facts
+        if not facts.cached_bytes:
+            return facts.trained_cells * facts.bytes_per_cell
+        cells = facts.train_cells + facts.validation_cells
+        return cells * facts.bytes_per_cell + facts.trained_cells * facts.cached_bytes
+
+    @property
+    def tokenising_cores(self) -> float:
+        """Cores that keep up with all workers."""
+        return self.rate * self.workers * max(self.facts.mean_genes, 1.0) / _TOKENISED
+
+    @property
+    def chosen(self) -> StageMemory:
+        """Memory as the run is configured."""
+        return next(stage for stage in self.stages if stage.chosen)
+
+    def fits(self, num_bytes: float) -> bool | None:
+        """Whether it fits the card; None where there is none."""
+        room = self.hardware.memory
+        return None if not room else num_bytes <= USABLE * room
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """All parameters, and those of embedding tables; shared tensors count once."""
-    total = sum(p.numel() for p in model.parameters())
-    tables = {
-        id(m.weight): m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)
-    }
-    return total, sum(tables.values())
+def _hardware(options: PlanOptions, facts: RunFacts) -> tuple[Hardware, str]:
+    """The hardware, and why."""
+    if options.hardware:
+        return hardware_of(options.hardware), ""
+    if not facts.scale.gpus_per_worker:
+        return PRESETS["cpu"], ""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        memory = float(torch.cuda.get_device_properties(0).total_memory)
+        bf16, fp32 = peak_flops(name, "bf16"), peak_flops(name, "fp32")
+        if fp32 is not None:
+            return Hardware(name, bf16, fp32, memory), " (this machine's)"
+    return PRESETS["a100"], " (assumed; say which with --hardware)"
 
 
-def estimate_training(
-    model: CellModel,
-    config: Mapping[str, Any],
-    *,
-    tokens_per_cell: float,
-    longest: int,
-    cells: float,
-    cells_micro: int,
-    workers: int,
-    zero_stage: int,
-    bf16: bool,
-    on_gpu: bool,
-) -> Estimate:
-    """The estimate of a training run; see the module for the formulae.
+def _rate(facts: RunFacts, hardware: Hardware, options: PlanOptions) -> tuple[float, str, float]:
+    """Cells a second of a worker, what that rests on, and the share of the peak assumed.
 
-    Args:
-        model: the model, on any device (``meta`` will do).
-        config: its configuration; ``num_layers``, ``width``, ``num_heads`` are read if there.
-        tokens_per_cell: mean real tokens.
-        longest: tokens of the longest cell.
-        cells: cells trained on in the whole run.
-        cells_micro: cells of a forward pass.
-        workers: ranks.
-        zero_stage: 0 to 3.
-        bf16: whether a bf16 working copy is kept.
-        on_gpu: which rate the hours assume.
+    Raises:
+        ConfigError: nothing says how fast the hardware is.
     """
-    layers, heads = int(config.get("num_layers", 0)), int(config.get("num_heads", 1))
-    width = int(config.get("width", model.width))
-    total, tables = count_parameters(model)
-    per_parameter = (
-        4 / (workers if zero_stage >= 3 else 1)
-        + 4 / (workers if zero_stage >= 2 else 1)
-        + 8 / (workers if zero_stage >= 1 else 1)
-        + (2 if bf16 else 0)
+    if options.cells_per_second:
+        return options.cells_per_second, "as measured", 0.0
+    per_cell = facts.flops / facts.trained_cells
+    if not per_cell:
+        raise ConfigError(
+            "the model counts no operations (CellModel.training_flops), so its speed cannot be "
+            "planned; measure it and give --cells-per-second"
+        )
+    precision = facts.train.precision
+    if not hardware.is_gpu:
+        return hardware.fp32 / per_cell, f"{hardware.fp32 / 1e9:.0f} GFLOP/s a worker, assumed", 0.0
+    peak = hardware.peak(precision)
+    if peak is None:
+        raise ConfigError(
+            f"{hardware.name} has no {precision} peak; set train.precision = 'fp32', or give a "
+            "measured --cells-per-second"
+        )
+    mfu = options.mfu or _DEFAULT_MFU
+    basis = f"{100 * mfu:.0f} % of {peak / 1e12:.0f} TFLOP/s {precision}, assumed"
+    return peak * mfu / per_cell, basis, mfu
+
+
+def _work(facts: RunFacts, hardware: Hardware) -> Work:
+    """The largest micro-batch."""
+    batch, longest = facts.batch, facts.longest
+    cells = min(batch.cells_micro, math.ceil(batch.cells_global / facts.scale.workers))
+    limit = getattr(batch, "tokens_micro", 0)
+    if isinstance(limit, int) and limit:
+        cells = max(1, min(cells, limit // longest))
+    load = facts.load(float(longest))
+    bf16 = facts.train.precision == "bf16"
+    packed = batch.packing == "packed"
+    return Work(
+        lengths=np.full(cells, longest, dtype=np.int64),
+        packed=packed,
+        targets=load.targets * cells,
+        hidden=load.hidden * cells,
+        added=load.added * cells,
+        cell_prompt=load.prompt_after is not None and facts.steps > load.prompt_after,
+        bf16=bf16,
+        bf16_weights=bf16 and facts.engine.name == "deepspeed" and facts.engine.zero_stage > 0,
+        on_gpu=hardware.is_gpu,
+        varlen=packed and bf16 and hardware.is_gpu,
+        checkpointing=bool(getattr(facts.train, "activation_checkpointing", False)),
     )
-    square = 0 if model.linear_attention else 5 * heads * longest**2
-    values = layers * (34 * longest * width + square) / 4
-    activations = cells_micro * values * (2 if bf16 else 4)
-    per_token = 6 * (total - tables) + 12 * layers * width * tokens_per_cell
-    flops = per_token * tokens_per_cell * cells
-    rate = (_GPU_RATE if on_gpu else _CPU_RATE) * workers
-    return Estimate(
-        total, tables, total * per_parameter + activations, total * 16.0, flops, flops / rate / 3600
+
+
+# (engine, stage, offload) of the table's rows.
+_ENGINES = (
+    ("torch", 0, "none"),
+    ("deepspeed", 0, "none"),
+    ("deepspeed", 1, "none"),
+    ("deepspeed", 2, "none"),
+    ("deepspeed", 3, "none"),
+    ("deepspeed", 2, "optimizer"),
+    ("deepspeed", 3, "parameters"),
+)
+
+
+def _stages(facts: RunFacts, work: Work, workers: int, trained: int) -> tuple[StageMemory, ...]:
+    engine = facts.engine
+    ours = (engine.name, engine.zero_stage, getattr(engine, "offload", "none"))
+    rows = _ENGINES if ours in _ENGINES else (*_ENGINES, ours)
+    passes = math.ceil(facts.batch.cells_global / workers / max(work.cells, 1))
+    stages = []
+    for name, stage, offload in rows:
+        plain = replace(work, bf16_weights=work.bf16 and name == "deepspeed" and stage > 0)
+        states = model_states(
+            trained,
+            engine=name,
+            stage=stage,
+            workers=workers,
+            bf16=work.bf16,
+            offload=offload,
+            on_gpu=work.on_gpu,
+        )
+        peak, recomputed = (
+            _peak(facts, states, replace(plain, checkpointing=flag), passes)
+            for flag in (work.checkpointing, True)
+        )
+        words = "torch" if name == "torch" else f"ZeRO {stage}"
+        if offload != "none":
+            words += f", {offload} on the host"
+        chosen = (name, stage, offload) == ours
+        stages.append(StageMemory(words, peak, recomputed, states.host, chosen))
+    return tuple(stages)
+
+
+def _peak(facts: RunFacts, states: States, work: Work, passes: int) -> float:
+    return peak_memory(states, facts.model.activations(work), passes=passes)
+
+
+def plan_of(facts: RunFacts, options: PlanOptions) -> Plan:
+    """What a run will take.
+
+    Raises:
+        ConfigError: unknown hardware, or nothing says how fast it is.
+    """
+    hardware, why = _hardware(options, facts)
+    workers = options.workers or facts.scale.workers
+    facts = replace(facts, scale=facts.scale.model_copy(update={"workers": workers}))
+    rate, basis, assumed = _rate(facts, hardware, options)
+    work = _work(facts, hardware)
+    trained = sum(p.numel() for p in facts.model.parameters() if p.requires_grad)
+    tables = {
+        id(m.weight): m.weight.numel()
+        for m in facts.model.modules()
+        if isinstance(m, torch.nn.Embedding)
+    }
+    return Plan(
+        facts=facts,
+        hardware=replace(hardware, name=hardware.name + why),
+        workers=workers,
+        flops=facts.flops,
+        rate=rate,
+        basis=basis,
+        assumed=assumed,
+        hours=facts.trained_cells / (rate * workers) / 3600,
+        price=options.price,
+        stages=_stages(facts, work, workers, trained),
+        activations=facts.model.activations(work),
+        micro_cells=work.cells,
+        num_parameters=sum(p.numel() for p in facts.model.parameters()),
+        num_embedding=sum(tables.values()),
     )
 
 
@@ -119,51 +309,118 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
-def _training_lines(job: TrainJob) -> list[str]:
-    from cellray.train.checkpoint import model_of
+def _hours(hours: float) -> str:
+    return f"{hours * 60:.2g} minutes" if hours < 1 else f"{hours:,.1f} hours"
 
-    plan, source = job.data.plan, job.data.source
-    with torch.device("meta"):
-        model = model_of(job.manifest, source.vocab)
-    longest = min(int(job.manifest.tokenizer.get("max_tokens", 2048)), source.vocab.num_tokens)
-    longest = model.fixed_length or longest
-    mean = float(model.fixed_length or plan.mean_length or longest)
-    result = estimate_training(
-        model,
-        job.manifest.model,
-        tokens_per_cell=min(mean, longest),
-        longest=longest,
-        cells=float(job.steps * plan.cells_global),
-        cells_micro=job.batch.cells_micro,
-        workers=job.scale.workers,
-        zero_stage=job.engine.zero_stage if job.engine.name == "deepspeed" else 0,
-        bf16=job.train.precision == "bf16",
-        on_gpu=job.device == "cuda",
-    )
-    where = "30 % of an A100's bf16 peak" if job.device == "cuda" else "20 GFLOP/s a worker"
-    saves = 1 + (job.steps // job.checkpoint.every_steps if job.checkpoint.every_steps else 0)
-    kept = min(saves, job.checkpoint.keep_last + 1)
-    accumulation = plan.cells_global // (job.batch.cells_micro * job.scale.workers)
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The plan as lines to print."""
+    facts, gpu = plan.facts, plan.hardware.is_gpu
+    unit = "GPU" if gpu else "worker"
+    lines = [
+        f"figures: {facts.source}",
+        f"cells: {facts.train_cells:,} to train on, {facts.validation_cells:,} to validate on; "
+        f"{facts.mean_tokens:,.0f} tokens on average, {facts.longest:,} at most",
+        *facts.notes,
+        f"steps: {facts.steps:,} of {facts.batch.cells_global:,} cells "
+        f"({facts.epochs:.2f} epochs, {facts.trained_cells:,.0f} cells)",
+        f"model: {plan.num_parameters:,} parameters ({plan.num_embedding:,} in tables), "
+        f"vocabulary of {facts.num_genes:,} genes; {plan.flops:.3g} FLOP",
+        f"hardware: {plan.workers} x {plan.hardware.name}",
+        f"rate: {plan.rate:,.1f} cells/s a worker, {plan.rate * plan.workers:,.1f} in all "
+        f"({plan.basis})",
+        f"time: {_hours(plan.hours)} on {plan.workers} workers, "
+        f"{plan.worker_hours:,.3g} {unit}-hours",
+    ]
+    if plan.price:
+        lines.append(f"cost: {plan.worker_hours * plan.price:,.0f} at {plan.price:g} a {unit}-hour")
+    lines += _memory_lines(plan)
+    seconds = max(plan.hours * 3600, 1e-9)
+    lines += [
+        f"disk: {_size(plan.checkpoint_bytes)} a checkpoint, {_size(plan.kept_bytes)} kept in all",
+        f"reads: {_size(plan.read_bytes)} in all, {plan.read_bytes / seconds / 1e6:,.3g} MB/s"
+        + (", most of it from the token cache" if facts.cached_bytes else " from the store"),
+    ]
+    if not facts.cached_bytes:
+        cores = max(math.ceil(plan.tokenising_cores), 1)
+        lines.append(
+            f"tokenising: {cores} CPU core{'s keep' if cores > 1 else ' keeps'} up, of all machines"
+        )
+    warnings = [*facts.warnings, *_doubts(plan)]
+    return lines + [f"warning: {warning}" for warning in warnings]
+
+
+def _doubts(plan: Plan) -> list[str]:
+    """What speaks against the assumed speed."""
+    step_s = plan.hours * 3600 / plan.facts.steps
+    if not plan.assumed or step_s >= _SHORT_STEP_S:
+        return []
+    tenth = plan.hours * plan.assumed / 0.05
     return [
-        f"cells: {len(plan.joinids)} to train on, {len(job.data.validation)} to validate on; "
-        f"{plan.batches_per_epoch} global batches of {plan.cells_global} an epoch, remainder "
-        f"{plan.remainder_cells}",
-        *(f"shuffle: {line}" for line in job.data.mixing),
-        *([f"long cells: {job.data.cut}"] if job.data.cut else []),
-        f"steps: {job.steps} ({job.steps / plan.batches_per_epoch:.2f} epochs), "
-        f"{job.scale.workers} workers x {accumulation} micro-batches of {job.batch.cells_micro}",
-        f"model: {result.num_parameters:,} parameters ({result.num_embedding:,} in tables), "
-        f"vocabulary of {len(source.vocab):,} genes",
-        f"memory: about {_size(result.memory_bytes)} per worker",
-        f"disk: about {_size(result.checkpoint_bytes)} a checkpoint, "
-        f"{_size(result.checkpoint_bytes * kept)} kept",
-        f"hours: about {result.hours:.2g} at {where} ({result.flops:.2e} FLOP)",
-        *[f"warning: {warning}" for warning in job.data.warnings],
+        f"a step would take {1000 * step_s:.2g} ms: with so little work, launches of kernels and the "
+        f"exchange of gradients set the pace; at 5 % of the peak the run takes {_hours(tenth)}. "
+        "Measure some steps and give --cells-per-second, or raise batch.cells_global"
     ]
 
 
-def estimate(run: Run) -> list[str]:
-    """The estimate of any run, as lines to print; opens the store, starts nothing.
+def _memory_lines(plan: Plan) -> list[str]:
+    what = "cell" if plan.micro_cells == 1 else "cells"
+    lines = [
+        f"memory of a worker, micro-batch of {plan.micro_cells} {what} of {plan.facts.longest:,} "
+        f"tokens ({_size(plan.activations.total)} of activations):"
+    ]
+    for stage in plan.stages:
+        fits = {None: "", True: "  fits", False: "  does not fit"}[plan.fits(stage.peak)]
+        host = f", {_size(stage.host)} on the host" if stage.host else ""
+        mark = "  <- this run" if stage.chosen else ""
+        lines.append(
+            f"  {stage.name + ':':<31} {_size(stage.peak):>8}{fits}; with activation "
+            f"checkpointing {_size(stage.recomputed)}{host}{mark}"
+        )
+    return lines
+
+
+def facts_of(run: PretrainRun | FinetuneRun) -> RunFacts:
+    """What an estimate knows of a training run; opens the store unless the file tells all.
+
+    Raises:
+        CellrayError: what does not fit the data.
+    """
+    from cellray import runs
+
+    # a machine without GPUs can plan for them
+    scale = run.scale.model_copy(update={"gpus_per_worker": 0.0})
+    if isinstance(run, runs.PretrainRun):
+        if run.plan is not None:
+            return of_section(run)
+        from cellray.train.pretrain import prepare_pretrain
+
+        job = prepare_pretrain(run.model_copy(update={"scale": scale})).job
+    else:
+        from cellray.train.finetune import prepare_finetune
+
+        job = prepare_finetune(run.model_copy(update={"scale": scale})).job
+    return replace(of_job(job), scale=run.scale)
+
+
+def options_of(run: Run, given: PlanOptions) -> PlanOptions:
+    """What the command line says, and where it says nothing the run's ``[plan]`` section."""
+    section = getattr(run, "plan", None)
+    if section is None:
+        return given
+    return PlanOptions(
+        hardware=given.hardware or section.hardware,
+        workers=given.workers,
+        cells_per_second=given.cells_per_second or section.cells_per_second,
+        mfu=given.mfu or section.mfu,
+        price=given.price or section.price_per_gpu_hour,
+    )
+
+
+def estimate(run: Run, options: PlanOptions | None = None) -> list[str]:
+    """The estimate of any run, as lines to print; starts nothing.
+
+    It opens the store, unless a pretraining run's ``[plan]`` section tells what is in it.
 
     Raises:
         CellrayError: what does not fit the data.
@@ -173,16 +430,10 @@ def estimate(run: Run) -> list[str]:
     if isinstance(run, runs.PretrainRun | runs.FinetuneRun | runs.TuneRun):
         from cellray.train.tracking import check_tracking, tracking_uri
 
-        if run.tracking.enabled:
+        if run.tracking.enabled and options is None:
             check_tracking(tracking_uri(run.tracking, run.checkpoint.dir), make=False)
-    if isinstance(run, runs.PretrainRun):
-        from cellray.train.pretrain import prepare_pretrain
-
-        return _training_lines(prepare_pretrain(run).job)
-    if isinstance(run, runs.FinetuneRun):
-        from cellray.train.finetune import prepare_finetune
-
-        return _training_lines(prepare_finetune(run).job)
+    if isinstance(run, runs.PretrainRun | runs.FinetuneRun):
+        return plan_lines(plan_of(facts_of(run), options_of(run, options or PlanOptions())))
     if isinstance(run, runs.IngestRun):
         from cellray.data.ingest_job import check_ingest
 
