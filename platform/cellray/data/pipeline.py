@@ -7,6 +7,7 @@ order, whatever actor finished first.
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from cellray.data.datasource import WindowSource, as_rows, windows
 from cellray.data.plan import Plan
 from cellray.data.tokens import TokenSource, make_tokenizer
 
-__all__ = ["StepTokens", "cached_stream", "token_stream", "write_cache"]
+__all__ = ["StepTokens", "cached_stream", "settle_helpers", "token_stream", "write_cache"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -150,6 +151,38 @@ def token_stream(
             yield _step(part, expected, plan.cursor(expected).epoch)
             expected += 1
     assert expected == last_step, f"stream ended at step {expected} of {last_step}"
+
+
+# Ray Data's actors of which a cluster has one: module and function that makes it.
+_HELPERS = (
+    ("ray.data._internal.execution.node_trackers", "get_or_create_actor_location_tracker"),
+    (
+        "ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator",
+        "get_or_create_autoscaling_coordinator",
+    ),
+    ("ray.data._internal.stats", "get_or_create_stats_actor"),
+    ("ray.data._internal.stats_summary_actor", "_get_or_create_stats_summary_actor"),
+)
+
+
+def settle_helpers() -> list[Any]:
+    """Have Ray Data's cluster-wide actors live on this node; for a driver, before its workers.
+
+    Each is pinned to the node that asks for it first. Our streams run in training workers, and with
+    a worker's node one of them would be lost for good: all other streams of the cluster would wait
+    for it for ever. Functions that a version of Ray lacks are passed over.
+
+    Returns:
+        Their handles.
+    """
+    found = []
+    for module, function in _HELPERS:
+        try:
+            make = getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError):
+            continue
+        found.append(make())
+    return found
 
 
 def _dataset(

@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cellray.core.errors import CellrayError, CheckpointError, ConfigError, StoppedError
+from cellray.data.pipeline import settle_helpers
 from cellray.train.caching import with_cache
 from cellray.train.checkpoint import export_model, read_manifest, verify
 from cellray.train.config import ScaleSection
@@ -232,6 +233,7 @@ def fit(
         CellrayError: what a worker found wrong, in its own words.
     """
     ensure_ray(job.scale)
+    settle_helpers()
     job = replace(with_cache(job, say), run_dir=str(run.path))
     began = _begin(run, say, job.name)
     uri, run_id = (tracker.uri, tracker.run_id) if tracker else ("", "")
