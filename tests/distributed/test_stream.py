@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cellray.data.config import DataSection
-from cellray.data.pipeline import token_stream
+from cellray.data.pipeline import settle_helpers, token_stream
 from cellray.data.plan import EpochPlan, default_lanes
 from cellray.data.tokens import TokenSource
 from cellray.data.vocab import Vocab
@@ -91,3 +91,12 @@ def test_a_stream_resumed_in_mid_epoch_continues_the_same_order(small_store, ray
     assert resumed == whole[7:]
     assert [s[0] for s in whole] == list(range(last))
     assert {s[1] for s in whole} == {0, 1}
+
+
+def test_ray_datas_cluster_wide_actors_are_made_beside_the_driver(ray_cluster):
+    """Pinned where they are asked for first: on a worker's node they would be lost with it."""
+    import ray
+
+    assert len(settle_helpers()) == 4  # a function that Ray renames would be passed over
+    known = {a["name"] for a in ray.util.list_named_actors(all_namespaces=True)}
+    assert {"ActorLocationTracker", "AutoscalingCoordinator"} <= known
