@@ -357,9 +357,9 @@ def _doubts(plan: Plan) -> list[str]:
         return []
     tenth = plan.hours * plan.assumed / 0.05
     return [
-        f"a step would take {1000 * step_s:.2g} ms: with so little work, launches of kernels and "
-        f"the exchange of gradients set the pace; at 5 % of the peak it is {_hours(tenth)}; "
-        "measure some steps and give --cells-per-second, or raise batch.cells_global"
+        f"a step would take {1000 * step_s:.2g} ms: with so little work, kernel launches and the "
+        f"exchange of gradients set the pace; at 5 % of the peak the run takes {_hours(tenth)}. "
+        "Measure some steps and give --cells-per-second, or raise batch.cells_global"
     ]
 
 
