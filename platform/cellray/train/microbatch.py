@@ -61,6 +61,8 @@ class Collator:
         seed: the run's seed.
         packed: lay cells end to end instead of padding them.
         tokens_micro: most tokens of a micro-batch, see :func:`cut_points`.
+        fixed_length: tokens that the model reads of any cell (a panel, pathways), which count for
+            the limit instead of the cell's own; 0 if it reads the cell's.
     """
 
     objective: Objective
@@ -69,6 +71,7 @@ class Collator:
     seed: int
     packed: bool = False
     tokens_micro: int = 0
+    fixed_length: int = 0
 
     def __call__(
         self,
@@ -85,8 +88,9 @@ class Collator:
         if len(block) > self.cells_micro or self.tokens_micro:
             order = np.argsort(np.diff(block.indptr), kind="stable")
         draw = Draw(self.seed, epoch)
+        read = lengths[order]
         ends = cut_points(
-            lengths[order],
+            np.full_like(read, self.fixed_length) if self.fixed_length else read,
             cells_micro=self.cells_micro,
             tokens_micro=self.tokens_micro,
             packed=self.packed,

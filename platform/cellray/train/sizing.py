@@ -63,7 +63,10 @@ def tokens_that_fit(
     if file.is_file():
         return replace(collator, tokens_micro=int(json.loads(file.read_text())["tokens_micro"]))
     budget = _budget(job, model, local_workers)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     found = _search(job, collator, model, budget)
+    for name, buffer in model.named_buffers():  # batch norms have taken note of the trials
+        buffer.copy_(before[name])
     if world > 1:
         every: list[Any] = [None] * world
         dist.all_gather_object(every, found)
@@ -96,7 +99,7 @@ def _search(job: TrainJob, collator: Collator, model: CellModel, budget: float) 
     codes = job.data.source.covariates(ids)
     lengths = np.maximum(np.diff(block.indptr), 1)
     longest = int(np.argmax(lengths))
-    per_cell = int(lengths[longest])
+    per_cell = model.fixed_length or int(lengths[longest])
 
     def measure(tokens: int) -> float:
         rows = np.full(max(tokens // per_cell, 1), longest)

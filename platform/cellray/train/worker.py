@@ -161,6 +161,7 @@ class _Worker(Host):
             job.batch.cells_micro,
             job.seed,
             packed=job.batch.packing == "packed",
+            fixed_length=model.fixed_length,
         )
         return tokens_that_fit(
             job, collator, model, rank=self.rank, world=self.world, local_workers=local

@@ -5,7 +5,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from cellray.train.microbatch import cut_points, most_tokens
+from cellray.core.blocks import TokenBlock
+from cellray.train.microbatch import Collator, cut_points, most_tokens
 
 
 def cuts(lengths, **over):
@@ -51,6 +52,26 @@ def test_no_micro_batch_is_over_the_limits_and_none_could_take_the_next_cell(pac
         assert len(part) == 1 or size(part) <= 150
         if stop < 200 and len(part) < 16:
             assert size(lengths[start : stop + 1]) > 150
+
+
+def test_a_model_that_reads_a_panel_counts_the_panel():
+    block = TokenBlock(
+        joinids=np.arange(4),
+        indptr=np.array([0, 1, 2, 3, 6]),
+        tokens=np.arange(6, dtype=np.int32),
+        values=np.zeros(6, dtype=np.float32),
+    )
+
+    class Nothing:
+        def corrupt(self, batch, draw):
+            return batch
+
+    def sizes(**over):
+        collator = Collator(Nothing(), pad=9, cells_micro=9, seed=0, tokens_micro=20, **over)
+        return [len(batch) for batch in collator(block, {}, epoch=0)]
+
+    assert sizes() == [4]
+    assert sizes(fixed_length=8) == [2, 2]
 
 
 def test_the_search_finds_what_fits():
