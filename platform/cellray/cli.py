@@ -97,10 +97,10 @@ def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help=text, description=text)
     plan.add_argument("words", nargs="*", metavar="FILE.toml | key=value")
     plan.add_argument("--hardware", default="", help="h100, a100, h200, cpu ... or NAME:TFLOPS:GB")
-    plan.add_argument("--gpus", type=int, default=0, help="workers, in the place of scale.workers")
-    plan.add_argument("--cells-per-second", type=float, default=0.0, help="measured, of one worker")
-    plan.add_argument("--mfu", type=float, default=0.0, help="assumed share of the peak (0.3)")
-    plan.add_argument("--price", type=float, default=0.0, help="of a GPU-hour, in any currency")
+    plan.add_argument("--gpus", type=int, help="workers, in the place of scale.workers")
+    plan.add_argument("--cells-per-second", type=float, help="measured, of one worker")
+    plan.add_argument("--mfu", type=float, help="assumed share of the peak (0.3)")
+    plan.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
 
 
 def _split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -140,17 +140,17 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise ConfigError("cellray plan needs a configuration file: plan FILE.toml")
     for name in ("gpus", "cells_per_second", "mfu", "price"):
         value = getattr(arguments, name)
-        if value < 0 or (name == "mfu" and value > 1):
+        if value is not None and (value <= 0 or (name == "mfu" and value > 1)):
             most = " and at most 1" if name == "mfu" else ""
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: give a number above 0{most}")
     raw = read_toml(path)
     run = load_run("finetune" if "task" in raw else "pretrain", path, overrides)
     options = PlanOptions(
         hardware=arguments.hardware,
-        workers=arguments.gpus,
-        cells_per_second=arguments.cells_per_second,
-        mfu=arguments.mfu,
-        price=arguments.price,
+        workers=arguments.gpus or 0,
+        cells_per_second=arguments.cells_per_second or 0.0,
+        mfu=arguments.mfu or 0.0,
+        price=arguments.price or 0.0,
     )
     for line in estimate(run, options):
         print(line)
