@@ -20,7 +20,7 @@ from cellray.infer.import_weights import export_weights, import_weights
 from cellray.tasks.base import task
 from cellray.train.checkpoint import model_of, read_checkpoint, write_checkpoint
 from cellray.train.finetune import _check_needs
-from cellray.train.worker import fitting_weights
+from cellray.train.job import fitting_weights
 from helpers_upstream import (
     SG,
     geneformer_folder,
