@@ -17,8 +17,8 @@ from cellray.data.tokens import make_tokenizer, tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.models.base import BuildContext, CellModel, build_model, family
 from cellray.objectives.base import Objective
-from cellray.train.loop import Collator
-from cellray.train.worker import build_objective
+from cellray.train.job import build_objective
+from cellray.train.microbatch import Collator
 
 NUM_CLASSES = 3
 

@@ -46,7 +46,7 @@ from cellray.models.upstream.base import revert, upstream
 from cellray.objectives.base import Objective
 from cellray.train.config import OptimSection
 from cellray.train.engine import TorchEngine
-from cellray.train.loop import Collator
+from cellray.train.microbatch import Collator
 
 Tensor = torch.Tensor
 
