@@ -12,8 +12,8 @@ activation (4, under bf16 2) and n bytes of a norm's input (4; 2 where bf16 weig
     on a CPU    12 H sum(t s)              attention with dropout keeps its weights three times
     head        4 M V                      log softmax over V tokens at M targets
 
-S is N, or the slots of a packed batch's groups of like length; there the output lies in order once
-more, e D. FAVOR+ keeps float32 queries, keys, values and output. Beside what is kept something is
+S is N, or the slots of a packed batch's groups of like length (short cells on a CPU); there the
+output lies in order once more, e D. FAVOR+ keeps float32 queries, keys, values and output. Beside what is kept something is
 alive for a moment when the backward pass begins: a head's logits and their gradients, or one
 block's gradients.
 
@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellray.core.packing import Packing
+from cellray.nn.attention import LONG_CELLS
 from cellray.nn.varlen import EXTRA_COLUMNS
 
 __all__ = [
@@ -112,6 +113,11 @@ class Work:
         return float(np.max(self.lengths, initial=1)) + self.added / max(self.cells, 1)
 
     @property
+    def by_cells(self) -> bool:
+        """Whether packed attention takes cells one by one, as it does long ones on a CPU."""
+        return self.packed and not self.on_gpu and self.tokens >= LONG_CELLS * self.cells
+
+    @property
     def wide(self) -> int:
         """Bytes of an activation."""
         return 2 if self.bf16 else 4
@@ -149,7 +155,7 @@ class _Calls(NamedTuple):
 def _calls(work: Work) -> _Calls:
     if not work.packed:
         return _Calls(work.tokens, work.cells * work.longest**2)
-    if work.varlen:
+    if work.varlen or work.by_cells:
         squares = float(np.square(np.asarray(work.lengths, dtype=np.float64)).sum())
         return _Calls(work.tokens, squares)
     slots = pairs = 0.0
@@ -172,7 +178,13 @@ def _attention(work: Work, *, width: int, num_heads: int, dropout: float) -> flo
         share = 1 - work.hidden / max(work.tokens, 1.0)
         # Known keys are picked on a CPU and by variable-length kernels; a group has as many as its
         # fullest cell. On a GPU padded cells keep all.
-        fewer = share if work.varlen else 1.0 if work.on_gpu else min(1.0, 0.5 + 0.5 * share)
+        fewer = (
+            share
+            if work.varlen or work.by_cells
+            else 1.0
+            if work.on_gpu
+            else min(1.0, 0.5 + 0.5 * share)
+        )
         pairs *= fewer
         kept += slots * (8.0 * plain + wide * plain)
         if work.bf16:

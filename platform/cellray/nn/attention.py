@@ -27,6 +27,7 @@ from cellray.nn.varlen import (
 )
 
 __all__ = [
+    "LONG_CELLS",
     "Kernel",
     "SelfAttention",
     "attend",
@@ -40,7 +41,7 @@ Tensor = torch.Tensor
 Kernel = Literal["auto", "sdpa", "varlen", "flex"]
 
 # Cells of so many tokens on average are worth a call each on a CPU; shorter ones go in groups.
-_LONG_CELLS = 64
+LONG_CELLS = 64
 
 
 def padded_attention(
@@ -194,7 +195,7 @@ def attend(
         return flex_packed(q, k, v, layout, unknown)
     if kernel != "sdpa" and serves:
         return varlen_packed(q, k, v, layout, unknown, dropout=dropout)
-    if q.device.type == "cpu" and len(q) >= _LONG_CELLS * len(layout.starts):
+    if q.device.type == "cpu" and len(q) >= LONG_CELLS * len(layout.starts):
         return _by_cells(q, k, v, layout, unknown, dropout)
     return _by_groups(q, k, v, layout, unknown, dropout)
 
