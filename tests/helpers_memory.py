@@ -1,4 +1,4 @@
-"""What a step really takes: bytes that autograd saves, growth of resident memory."""
+"""What a step really takes: bytes that autograd saves, and growth of resident memory."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ activation (4, under bf16 2) and n bytes of a norm's input (4; 2 where bf16 weig
     head        4 M V                      log softmax over V tokens at M targets
 
 S is N, or the slots of a packed batch's groups of like length (short cells on a CPU); there the
-output lies in order once more, e D. FAVOR+ keeps float32 queries, keys, values and output. Beside what is kept something is
+output lies in order once more, e D. FAVOR+ keeps float32 queries, keys, values and output. Beside
+what is kept something is
 alive for a moment when the backward pass begins: a head's logits and their gradients, or one
 block's gradients.
 
@@ -178,13 +179,9 @@ def _attention(work: Work, *, width: int, num_heads: int, dropout: float) -> flo
         share = 1 - work.hidden / max(work.tokens, 1.0)
         # Known keys are picked on a CPU and by variable-length kernels; a group has as many as its
         # fullest cell. On a GPU padded cells keep all.
-        fewer = (
-            share
-            if work.varlen or work.by_cells
-            else 1.0
-            if work.on_gpu
-            else min(1.0, 0.5 + 0.5 * share)
-        )
+        fewer = 1.0 if work.on_gpu else min(1.0, 0.5 + 0.5 * share)
+        if work.varlen or work.by_cells:
+            fewer = share
         pairs *= fewer
         kept += slots * (8.0 * plain + wide * plain)
         if work.bf16:

@@ -18,8 +18,9 @@ bytes for each parameter of a worker's share), offloading parameters the working
 
 A worker needs what is held, and the larger of: activations, with the gradients that earlier passes
 of the step have left; or gradients, and what reduces them or steps. The formulae are tested against
-the growth of resident memory, with W = 1, 2 and 4 (``tests/unit/ops/test_planner_memory.py``); of
-GPUs they say what follows from the same code, and nothing of it was measured there. Contexts,
+the growth of resident memory on one and two workers (``tests/unit/ops/test_planner_memory.py``; for
+stages 1 to 3 they fit four as well). Of GPUs they say what follows from the same code; nothing of
+it was measured there. Contexts,
 communication buffers and fragments come on top: :data:`USABLE` of a card is planned with.
 """
 

@@ -380,18 +380,24 @@ def _memory_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def facts_of(run: PretrainRun | FinetuneRun) -> RunFacts:
+def facts_of(run: PretrainRun | FinetuneRun, *, check: bool = False) -> RunFacts:
     """What an estimate knows of a training run; opens the store unless the file tells all.
+
+    Args:
+        run: a training run.
+        check: refuse what could not be started here and now: open the store whatever the file
+            tells, and want the GPUs that the run reserves.
 
     Raises:
         CellrayError: what does not fit the data.
     """
     from cellray import runs
 
-    # a machine without GPUs can plan for them
-    scale = run.scale.model_copy(update={"gpus_per_worker": 0.0})
+    scale = run.scale
+    if not check:  # a machine without GPUs can plan for them
+        scale = run.scale.model_copy(update={"gpus_per_worker": 0.0})
     if isinstance(run, runs.PretrainRun):
-        if run.plan is not None:
+        if run.plan is not None and not check:
             return of_section(run)
         from cellray.train.pretrain import prepare_pretrain
 
@@ -420,7 +426,10 @@ def options_of(run: Run, given: PlanOptions) -> PlanOptions:
 def estimate(run: Run, options: PlanOptions | None = None) -> list[str]:
     """The estimate of any run, as lines to print; starts nothing.
 
-    It opens the store, unless a pretraining run's ``[plan]`` section tells what is in it.
+    Args:
+        run: any run.
+        options: those of ``cellray plan``, which opens no store where a pretraining run's
+            ``[plan]`` section tells what is in it; None checks the run as well.
 
     Raises:
         CellrayError: what does not fit the data.
@@ -433,7 +442,8 @@ def estimate(run: Run, options: PlanOptions | None = None) -> list[str]:
         if run.tracking.enabled and options is None:
             check_tracking(tracking_uri(run.tracking, run.checkpoint.dir), make=False)
     if isinstance(run, runs.PretrainRun | runs.FinetuneRun):
-        return plan_lines(plan_of(facts_of(run), options_of(run, options or PlanOptions())))
+        facts = facts_of(run, check=options is None)
+        return plan_lines(plan_of(facts, options_of(run, options or PlanOptions())))
     if isinstance(run, runs.IngestRun):
         from cellray.data.ingest_job import check_ingest
 

@@ -139,6 +139,18 @@ def test_the_store_is_read_where_there_is_no_section(small_store):
     assert "shuffle:" in lines
 
 
+def test_a_check_opens_the_store_and_wants_the_gpus(small_store):
+    import torch
+
+    here = {"uri": small_store, "split": {"validation_fraction": 0.1}}
+    raw = {**BASE, "data": here, "batch": {"cells_global": 16}, "tracking": {"enabled": False}}
+    run = build_run("pretrain", {**raw, "scale": {"workers": 2}})
+    assert f"figures: store {small_store}" in estimate(run)  # whatever [plan] says
+    if not torch.backends.cuda.is_built():
+        with pytest.raises(ConfigError, match="CPU build"):
+            estimate(build_run("pretrain", raw))
+
+
 CONFIGS = {
     "geneformer_27m_1x8": (8, 513_864 * 160 // 144, 10_289_236),
     "geneformer_27m_4x8": (32, 513_864, 10_289_236),
