@@ -222,6 +222,7 @@ def scaling(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
         with Meter(interval=0.5) as used:
             run_job(run, mark)
+        marks = [m for m in marks if "workers" in m[1]]  # lines that came while they were there
         (t0, before, s0), (t1, after, s1) = marks[len(marks) // 4], marks[-1]
         thousands = (s1 - s0) * args.cells_global / 1000
         spent = {k: (v - before.get(k, 0.0)) / thousands for k, v in after.items()}
