@@ -54,6 +54,7 @@ def test_the_readme_names_every_command():
         "relayout",
         "import-weights",
         "doctor",
+        "plan",
     }
 
 
@@ -113,7 +114,7 @@ def test_ingest_check_show_copy_relayout_and_doctor_run_as_the_readme_says(tmp_p
     done = cellray(*check, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "steps: 120" in done.stdout
-    assert "memory: about" in done.stdout
+    assert "memory of a worker, micro-batch of" in done.stdout
     assert "shuffle: a batch holds" in done.stdout
     show = next(w for w in CELLRAY if w[0] == "show")
     done = cellray(*show, cwd=tmp_path)
