@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +75,34 @@ class RunDirectory:
         """Drop what was noted after ``step``: its steps are trained again."""
         for file in (self.progress, self.path / NOTES):
             drop_after(file, step)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Be the only process that trains in this directory, also across machines.
+
+        The lock goes with the process however it ends. A file system that has no locks is
+        trusted.
+
+        Raises:
+            CheckpointError: another process holds it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with (self.path.parent / f".{self.path.name}.lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                raise CheckpointError(
+                    f"run '{self.path.name}' in {self.path.parent} is being trained by "
+                    f"{file.read() or 'another process'}; wait for it, stop it, or give this run "
+                    "another name"
+                ) from error
+            except OSError:
+                pass
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
 
     def enter(self, config: Mapping[str, Any], fingerprints: Mapping[str, str], mode: str) -> bool:
         """Begin or continue the run; True if it had begun before.

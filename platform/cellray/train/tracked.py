@@ -45,6 +45,26 @@ def pinned(data: DataSection, checkpoint: CheckpointSection, name: str) -> DataS
     return data.model_copy(update={"timestamp": began})
 
 
+def _tracker(
+    run: RunDirectory,
+    uri: str,
+    *,
+    experiment: str,
+    name: str,
+    parent: str | None,
+    tags: Mapping[str, str] | None,
+) -> Tracker:
+    """The run's MLflow run: the one it began with, else a new one."""
+    old = run.read("mlflow.json")
+    if old.get("uri") == uri:
+        tracker = Tracker(uri, old["run_id"])
+        tracker.restart()
+        return tracker
+    tracker = Tracker.start(uri, experiment=experiment, name=name, parent=parent, tags=tags)
+    run.write("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
+    return tracker
+
+
 def fit_tracked(
     job: TrainJob,
     run: RunDirectory,
@@ -62,6 +82,9 @@ def fit_tracked(
     """Enter the run directory, train under an MLflow run, and close both whatever happens.
 
     A finished run of the same name and configuration is returned as it is.
+
+    Raises:
+        CellrayError: as in :func:`cellray.train.trainer.fit`; or another process trains the run.
     """
     for warning in job.data.warnings:
         say(f"warning: {warning}")
@@ -71,39 +94,34 @@ def fit_tracked(
         "vocabulary": job.manifest.vocab_fingerprint,
         "data": job.data.fingerprint,
     }
-    began = run.enter(config, fingerprints, job.checkpoint.resume)
-    if not began:
-        run.write("snapshot.json", {"timestamp": job.data.timestamp})
-    done = run.read("result.json")
-    if began and done:
-        say(f"{job.name}: already finished at step {done['step']}; nothing to do ({run.path})")
-        return TrainResult(**done)
-    tracker = None
-    if tracking.enabled:
-        old = run.read("mlflow.json")
-        if old.get("uri") == uri:
-            tracker = Tracker(uri, old["run_id"])
-            tracker.restart()
-        else:
-            tracker = Tracker.start(
-                uri, experiment=experiment, name=job.name, parent=parent, tags=tags
+    with run.held():
+        began = run.enter(config, fingerprints, job.checkpoint.resume)
+        if not began:
+            run.write("snapshot.json", {"timestamp": job.data.timestamp})
+        done = run.read("result.json")
+        if began and done:
+            say(f"{job.name}: already finished at step {done['step']}; nothing to do ({run.path})")
+            return TrainResult(**done)
+        tracker = None
+        if tracking.enabled:
+            tracker = _tracker(
+                run, uri, experiment=experiment, name=job.name, parent=parent, tags=tags
             )
-            run.write("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
-        tracker.params({**params, **_facts(job)})
-        tracker.artifact(run.path / "config.toml")
-    status = "FAILED"
-    try:
-        result = fit(job, run, tracker=tracker, say=say, extra_callbacks=extra_callbacks)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        say(f"{job.name}: interrupted; the same command continues from the last checkpoint")
-        raise
-    finally:
+            tracker.params({**params, **_facts(job)})
+            tracker.artifact(run.path / "config.toml")
+        status = "FAILED"
+        try:
+            result = fit(job, run, tracker=tracker, say=say, extra_callbacks=extra_callbacks)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            say(f"{job.name}: interrupted; the same command continues from the last checkpoint")
+            raise
+        finally:
+            if tracker is not None:
+                tracker.end(status)
+        run.write("result.json", asdict(result))
         if tracker is not None:
-            tracker.end(status)
-    run.write("result.json", asdict(result))
-    if tracker is not None:
-        tracker.artifact(Path(result.model_dir) / "manifest.json", "model")
-    say(f"{job.name}: model in {result.model_dir} (step {result.step})")
-    return replace(result)
+            tracker.artifact(Path(result.model_dir) / "manifest.json", "model")
+        say(f"{job.name}: model in {result.model_dir} (step {result.step})")
+        return replace(result)

@@ -1,5 +1,9 @@
 import json
+import multiprocessing
 
+import pytest
+
+from cellray.core.errors import CheckpointError
 from cellray.train.rundir import RunDirectory
 
 
@@ -12,3 +16,29 @@ def test_progress_after_the_step_of_the_checkpoint_is_dropped(tmp_path):
     run.rewind(4)
     assert [json.loads(r)["step"] for r in run.progress.read_text().splitlines()] == [2, 4]
     assert [p.name for p in run.path.iterdir()] == ["metrics.jsonl"]
+
+
+def hold(root, held, leave):
+    with RunDirectory(root, "a").held():
+        held.set()
+        leave.wait(60)
+
+
+def test_one_process_trains_a_run_at_a_time(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held, leave = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(str(tmp_path), held, leave))
+    other.start()
+    assert held.wait(60)
+    run = RunDirectory(str(tmp_path), "a")
+    told = rf"'a' in .* is being trained by process {other.pid} on .*; wait for it"
+    with pytest.raises(CheckpointError, match=told), run.held():
+        pass
+    with RunDirectory(str(tmp_path), "b").held():  # another run is free
+        pass
+    other.kill()  # and so is this one once its process is gone, however it went
+    other.join()
+    with run.held(), pytest.raises(CheckpointError, match="is being trained"), run.held():
+        pass
+    with run.held():
+        pass
