@@ -46,6 +46,8 @@ def make(
     offload: str = "none",
     dropout: float = 0.0,
     recompute: bool = False,
+    domain_norm: str = "none",
+    frozen: str = "",
     weights: Path | None = None,
 ):
     """A small scGPT under an engine, with its tokenizer, objective and cells."""
@@ -55,10 +57,13 @@ def make(
     objective = build_objective({"name": unit.objective}, vocab)
     torch.manual_seed(0)
     sizes = {"width": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 32, "dropout": dropout}
+    sizes["domain_norm"] = domain_norm
     config = build_section(unit.config, {"family": "scgpt", **sizes})
     model = build_model("scgpt", config, BuildContext(vocab, max_tokens=24))
     if weights is not None:
         model.load_state_dict(torch.load(weights))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not frozen or not name.startswith(frozen))
     if recompute:
         assert recompute_blocks(model) == 2
     made = build_engine(
@@ -134,9 +139,36 @@ def spoiled(engine, stage, factor, limit):
     return [(s.loss, s.taken, s.gradient_norm) for s in stats]
 
 
+def passes(engine, stage, options):
+    """Gradient norms in several passes a step; step 1 is left out."""
+    made, collator, tokens = make(engine, stage, **options)
+    collator = replace(collator, cells_micro=2)
+    stats = run_steps(made, collator, tokens, range(4), spoil={1: math.nan})
+    return [(s.gradient_norm, s.taken) for s in stats]
+
+
 def without_step_2(engine, stage):
     made, collator, tokens = make(engine, stage)
     return [s.loss for s in run_steps(made, collator, tokens, [0, 1, 3, 4, 5])]
+
+
+def normed(engine, stage):
+    """bf16, batch norms, a frozen block; with step 2's values no numbers, and without step 2."""
+    found = []
+    for steps, factor in ((range(STEPS), math.nan), ((0, 1, 3, 4, 5), 1.0)):
+        made, collator, tokens = make(
+            engine, stage, precision="bf16", domain_norm="shared", frozen=FROZEN
+        )
+        before = {k: v.numpy() for k, v in made.weights().items()}
+        taken = []
+        for step in steps:
+            seed_step(7, step, 0)
+            batches = batches_of(collator, tokens, step)
+            if step == 2:
+                batches[0] = replace(batches[0], values=batches[0].values * factor)
+            taken.append(made.step(batches, lr=OPTIM.lr).taken)
+        found.append((taken, before, {k: v.numpy() for k, v in made.weights().items()}))
+    return found
 
 
 def halves(engine, stage, folder, options):
@@ -151,6 +183,7 @@ def every(cases):
     return {name: task(*arguments) for name, (task, arguments) in cases.items()}
 
 
+FROZEN = "encoder.blocks.0"
 NOISY = {"dropout": 0.3, "precision": "bf16"}
 HUGE = 1e6
 
@@ -171,13 +204,18 @@ def cases_of(engine, stage, folder):
         f"{key} without": (without_step_2, (engine, stage)),
         f"{key} nan": (spoiled, (engine, stage, math.nan, math.inf)),
         f"{key} huge": (spoiled, (engine, stage, HUGE, 1e7)),
+        f"{key} normed": (normed, (engine, stage)),
+        f"{key} passes": (passes, (engine, stage, {"precision": "bf16"})),
     }
 
 
 def offload_case(stage, offload, folder):
     (folder / offload).mkdir()
     options = {"offload": offload}
-    return {offload: (halves, ("deepspeed", stage, str(folder / offload), options))}
+    return {
+        offload: (halves, ("deepspeed", stage, str(folder / offload), options)),
+        f"{offload} passes": (passes, ("deepspeed", stage, {**options, "precision": "bf16"})),
+    }
 
 
 ENGINES = [("torch", 0), *(("deepspeed", stage) for stage in range(4))]
@@ -296,6 +334,15 @@ def test_bf16_stays_close_to_float32(engine, stage, two, plain):
     close(two[f"{engine}{stage} bf16"][0][0], plain[0], rtol=2e-2)
 
 
+@pytest.mark.parametrize("key", [f"{e}{s}" for e, s in ENGINES] + ["optimizer", "parameters"])
+def test_bf16_gradients_of_several_passes_add_up_and_a_bad_step_leaves_none(key, two):
+    """The norms are those of torch with autocast, within 3 %."""
+    expected = [norm for norm, taken in two["torch0 passes"][0] if taken]
+    for found in two[f"{key} passes"]:
+        assert [taken for _, taken in found] == [True, False, True, True]
+        close([norm for norm, taken in found if taken], expected, rtol=3e-2)
+
+
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
 def test_a_step_that_is_no_number_is_left_out_on_all_ranks(engine, stage, two):
     expected = two[f"{engine}{stage} without"][0]
@@ -313,3 +360,21 @@ def test_an_exploding_step_is_left_out(engine, stage, two):
         assert [taken for _, taken, _ in stats] == [True, True, False, True, True, True]
         assert 1e7 < stats[2][0] < math.inf
         close([loss for loss, taken, _ in stats if taken], expected)
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_a_step_left_out_is_forgotten_by_batch_norms_and_bf16_rounds_nothing_frozen(
+    engine, stage, two
+):
+    (taken, before, after), (others, _, expected) = two[f"{engine}{stage} normed"][0]
+    assert taken == [True, True, False, True, True, True]
+    assert all(others)
+    assert any("running_mean" in name for name in after)
+    for name, value in after.items():
+        assert np.array_equal(value, expected[name]), name
+    exact = two["torch0 normed"][0][0][1]
+    frozen = [name for name in after if name.startswith(FROZEN)]
+    assert frozen
+    for name in frozen:
+        assert np.array_equal(before[name], exact[name]), name
+        assert np.array_equal(after[name], exact[name]), name

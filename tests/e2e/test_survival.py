@@ -152,7 +152,7 @@ def test_a_killed_driver_and_a_torn_checkpoint_and_other_workers(plain, small_st
     file.write_bytes(file.read_bytes()[:-8])
     others = {"scale": {"workers": 3}, "engine": {"zero_stage": 3}}
     config.write_text(to_toml(pretrain_raw(small_store, tmp_path / "runs", **merge(PLAIN, others))))
-    whole = committed(run_dir)[-2]["step"]
+    whole = int(committed(run_dir)[-2]["step"])
     said = go_on(config)
     assert "is torn: 'engine/optimizer-00001-of-00002.safetensors' is not what rank 1 wrote" in said
     assert f"resuming from step {whole}" in said

@@ -48,8 +48,9 @@ class DataSection(Section):
         window_cells: cells shuffled among each other, over all workers. The one key that trades
             the quality of the shuffle against speed and memory: a batch mixes the
             ``window_cells / run_cells`` runs of its window. ``--check`` states the quality.
-        lanes: parts of the order walked side by side, a multiple of ``scale.workers`` that
-            divides ``batch.cells_global``; 0 takes its largest divisor up to 64.
+        lanes: parts of the order walked side by side, a divisor of ``batch.cells_global``; 0 takes
+            its largest up to 64. Workers share them: a multiple of ``scale.workers`` gives each as
+            many cells of a step.
         bucket_by_length: put cells of like length in a batch (needs obs ``nnz``).
         vocab_genes: with ``vocab = "store"``, keep this many genes, the most variable among the
             training cells (scGPT's fine-tuning recipe keeps 3,000); 0 keeps all.

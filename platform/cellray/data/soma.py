@@ -258,9 +258,11 @@ class Store:
         # would look for pieces that are gone
         with self._open() as experiment:
             try:
-                reader = experiment.obs.read(
-                    coords, column_names=names, value_filter=value_filter or None
-                )
+                obs = experiment.obs
+            except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
+                raise DataError(f"obs of '{self.uri}' cannot be opened: {error}") from error
+            try:
+                reader = obs.read(coords, column_names=names, value_filter=value_filter or None)
             except (tiledbsoma.SOMAError, OSError, SyntaxError, ValueError, TypeError) as error:
                 if not value_filter or may_pass(error):
                     raise DataError(f"obs of '{self.uri}' cannot be read: {error}") from error

@@ -139,6 +139,7 @@ class Scfoundation(CellModel):
         self.config = config
         self.width = config.width * (4 if config.cell_embedding == "all" else 1)
         self.panel = Panel(context.vocab, ["<T>", "<S>"])
+        self.fixed_length = self.panel.num_places  # the decoder's, of any cell
         self.values = SoftBinEmbedding(
             config.width, num_bins=config.value_bins, alpha=config.bin_alpha
         )

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from cellray.nn.heads import MlpClassifier
+from cellray.nn.norm import RowNorm
 
 __all__ = ["BatchAdversary", "BatchLabels", "DomainNorm", "reverse_gradient"]
 
@@ -55,7 +55,7 @@ class DomainNorm(nn.Module):
     def __init__(self, width: int, *, num_domains: int, affine: bool = False) -> None:
         super().__init__()
         self.norms = nn.ModuleList(
-            nn.BatchNorm1d(width, eps=_EPS, affine=affine) for _ in range(num_domains)
+            RowNorm(width, eps=_EPS, affine=affine) for _ in range(num_domains)
         )
 
     def forward(self, hidden: Tensor, domains: Tensor, real: Tensor) -> Tensor:
@@ -70,14 +70,7 @@ class DomainNorm(nn.Module):
             tokens = hidden[where]
             if not len(tokens):
                 continue
-            assert isinstance(norm, nn.BatchNorm1d)
-            if self.training and len(tokens) == 1:
-                scaled = functional.batch_norm(
-                    tokens, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=_EPS
-                )
-            else:
-                scaled = norm(tokens)
-            out[where] = scaled.to(out.dtype)
+            out[where] = norm(tokens)
         return out
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from cellray.nn.norm import RowNorm
+
 __all__ = [
     "CellGeneDecoder",
     "ExpressionDecoder",
@@ -217,17 +219,12 @@ class NormedClassifier(nn.Module):
 
     def __init__(self, width: int, *, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+        self.norm = RowNorm(width, affine=False, eps=1e-6)
         self.layers = nn.Sequential(nn.Linear(width, 256), nn.ReLU(), nn.Linear(256, num_classes))
 
     def forward(self, cell_BD: Tensor) -> Tensor:
         """(B, D) -> (B, C) logits."""
-        if self.training and len(cell_BD) == 1:  # one cell has no variance
-            mean, variance = self.norm.running_mean, self.norm.running_var
-            normed_BD = functional.batch_norm(cell_BD, mean, variance, eps=self.norm.eps)
-        else:
-            normed_BD = self.norm(cell_BD)
-        logits_BC: Tensor = self.layers(normed_BD)
+        logits_BC: Tensor = self.layers(self.norm(cell_BD))
         return logits_BC
 
 

@@ -6,7 +6,7 @@ machine cannot reach, can be planned.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,10 @@ import numpy.typing as npt
 import torch
 
 from cellray.core import registry
+from cellray.core.errors import ConfigError
 from cellray.core.section import build_section, to_dict
 from cellray.data.locate import local_path
+from cellray.data.plan import default_lanes, rank_lanes
 from cellray.data.schema import JOINID
 from cellray.data.soma import Store
 from cellray.data.tokens import tokenizer_unit
@@ -62,6 +64,8 @@ class RunFacts:
         mean_genes: genes that a cell has counts of.
         bytes_per_cell: read from the store for a cell.
         cached_bytes: read for a cell from a token cache, 0 without one.
+        share: number of workers -> cells of a step that the one with the most gets; refuses
+            more workers than lanes.
         source: where the figures are from.
         notes: lines about the data for the reader.
         warnings: likewise.
@@ -79,6 +83,7 @@ class RunFacts:
     mean_genes: float
     bytes_per_cell: float
     cached_bytes: float
+    share: Callable[[int], int]
     source: str
     batch: BatchSection
     train: TrainSection
@@ -154,6 +159,7 @@ def of_job(job: TrainJob) -> RunFacts:
         mean_genes=counts or mean,
         bytes_per_cell=size or (counts or mean) * BYTES_PER_COUNT,
         cached_bytes=mean * _BYTES_PER_TOKEN if job.data.cache else 0.0,
+        share=lambda workers: plan.share(0, workers),
         source=f"store {source.store.uri}",
         batch=job.batch,
         train=job.train,
@@ -191,7 +197,13 @@ def of_section(run: PretrainRun) -> RunFacts:
     assert section is not None, "the caller has looked"
     held = round(section.cells * run.data.split.validation_fraction)
     train_cells = section.cells - held
-    per_epoch = max(train_cells // batch.cells_global, 1)
+    if train_cells < batch.cells_global:
+        raise ConfigError(
+            f"plan.cells = {section.cells} leaves {train_cells} cells to train on, fewer than "
+            f"batch.cells_global = {batch.cells_global}; give the cells of the whole selection"
+        )
+    lanes = run.data.lanes or default_lanes(batch.cells_global)
+    per_epoch = train_cells // batch.cells_global
     steps = run.train.steps or max(1, round(run.train.epochs * per_epoch))
     tokenizer = to_dict(run.tokenizer)
     longest = int(tokenizer.get("max_tokens", 2048))
@@ -210,6 +222,7 @@ def of_section(run: PretrainRun) -> RunFacts:
         mean_genes=genes,
         bytes_per_cell=genes * BYTES_PER_COUNT,
         cached_bytes=mean * _BYTES_PER_TOKEN if run.data.cache else 0.0,
+        share=lambda workers: len(rank_lanes(lanes, 0, workers)) * (batch.cells_global // lanes),
         source="section [plan] of the file; the store was not opened",
         batch=batch,
         train=run.train,

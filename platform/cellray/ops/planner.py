@@ -2,7 +2,8 @@
 
 The formulae:
     operations  of real tokens, forward and backward, as the model counts them (cellray.nn.flops)
-    hours       operations / (peak x utilisation x workers), or cells / (measured rate x workers)
+    hours       operations / (peak x utilisation x workers), or cells / (measured rate x workers);
+                where workers share a step unevenly, all wait for the largest share
     memory      cellray.ops.memory and cellray.nn.activations, for the largest micro-batch: as many
                 cells as ``batch`` allows, all as long as the longest
     disk        12 bytes a parameter a checkpoint: float32 weights and two moments; ``keep_last``
@@ -25,6 +26,7 @@ from cellray.nn.activations import Activations, Work
 from cellray.ops.facts import RunFacts, of_job, of_section
 from cellray.ops.hardware import PRESETS, Hardware, hardware_of, peak_flops
 from cellray.ops.memory import USABLE, States, model_states, peak_memory
+from cellray.train.rules import uneven_shares
 
 if TYPE_CHECKING:
     from cellray.runs import FinetuneRun, PretrainRun, Run
@@ -138,9 +140,14 @@ class Plan:
         return cells * facts.bytes_per_cell + facts.trained_cells * facts.cached_bytes
 
     @property
+    def total_rate(self) -> float:
+        """Cells a second of all workers."""
+        return self.facts.trained_cells / (self.hours * 3600)
+
+    @property
     def tokenising_cores(self) -> float:
         """Cores that keep up with all workers."""
-        return self.rate * self.workers * max(self.facts.mean_genes, 1.0) / _TOKENISED
+        return self.total_rate * max(self.facts.mean_genes, 1.0) / _TOKENISED
 
     @property
     def chosen(self) -> StageMemory:
@@ -199,7 +206,7 @@ def _rate(facts: RunFacts, hardware: Hardware, options: PlanOptions) -> tuple[fl
 def _work(facts: RunFacts, hardware: Hardware) -> Work:
     """The largest micro-batch."""
     batch, longest = facts.batch, facts.longest
-    cells = min(batch.cells_micro, math.ceil(batch.cells_global / facts.scale.workers))
+    cells = min(batch.cells_micro, facts.share(facts.scale.workers))
     limit = getattr(batch, "tokens_micro", 0)
     if isinstance(limit, int) and limit:
         cells = max(1, min(cells, limit // longest))
@@ -237,7 +244,7 @@ def _stages(facts: RunFacts, work: Work, workers: int, trained: int) -> tuple[St
     engine = facts.engine
     ours = (engine.name, engine.zero_stage, getattr(engine, "offload", "none"))
     rows = _ENGINES if ours in _ENGINES else (*_ENGINES, ours)
-    passes = math.ceil(facts.batch.cells_global / workers / max(work.cells, 1))
+    passes = math.ceil(facts.share(workers) / max(work.cells, 1))
     stages = []
     for name, stage, offload in rows:
         plain = replace(work, bf16_weights=work.bf16 and name == "deepspeed" and stage > 0)
@@ -291,7 +298,7 @@ def plan_of(facts: RunFacts, options: PlanOptions) -> Plan:
         rate=rate,
         basis=basis,
         assumed=assumed,
-        hours=facts.trained_cells / (rate * workers) / 3600,
+        hours=facts.steps * facts.share(workers) / rate / 3600,  # all wait for the largest share
         price=options.price,
         stages=_stages(facts, work, workers, trained),
         activations=facts.model.activations(work),
@@ -327,8 +334,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"model: {plan.num_parameters:,} parameters ({plan.num_embedding:,} in tables), "
         f"vocabulary of {facts.num_genes:,} genes; {plan.flops:.3g} FLOP",
         f"hardware: {plan.workers} x {plan.hardware.name}",
-        f"rate: {plan.rate:,.1f} cells/s a worker, {plan.rate * plan.workers:,.1f} in all "
-        f"({plan.basis})",
+        f"rate: {plan.rate:,.1f} cells/s a worker, {plan.total_rate:,.1f} in all ({plan.basis})",
         f"time: {_hours(plan.hours)} on {plan.workers} workers, "
         f"{plan.worker_hours:,.3g} {unit}-hours",
     ]
@@ -351,15 +357,21 @@ def plan_lines(plan: Plan) -> list[str]:
 
 
 def _doubts(plan: Plan) -> list[str]:
-    """What speaks against the assumed speed."""
-    step_s = plan.hours * 3600 / plan.facts.steps
+    """What speaks against the speed."""
+    facts = plan.facts
+    uneven = uneven_shares(
+        facts.share(plan.workers), workers=plan.workers, cells_global=facts.batch.cells_global
+    )
+    found = [uneven] if uneven else []
+    step_s = plan.hours * 3600 / facts.steps
     if not plan.assumed or step_s >= _SHORT_STEP_S:
-        return []
+        return found
     tenth = plan.hours * plan.assumed / 0.05
     return [
+        *found,
         f"a step would take {1000 * step_s:.2g} ms: with so little work, kernel launches and the "
         f"exchange of gradients set the pace; at 5 % of the peak the run takes {_hours(tenth)}. "
-        "Measure some steps and give --cells-per-second, or raise batch.cells_global"
+        "Measure some steps and give --cells-per-second, or raise batch.cells_global",
     ]
 
 

@@ -32,7 +32,11 @@ class CellLog:
         folder = Path(run_dir) / "cells"
         folder.mkdir(parents=True, exist_ok=True)
         self._facts = {"rank": rank, "world": world, "session": session}
-        self._file: TextIO = open(folder / f"rank-{rank:05d}.jsonl", "a", encoding="utf-8")
+        file = folder / f"rank-{rank:05d}.jsonl"
+        torn = file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size
+        self._file: TextIO = open(file, "a", encoding="utf-8")
+        if torn:  # by a kill; what follows is a line of its own
+            self._file.write("\n")
 
     def write(self, step: int, epoch: int, cell_ids: I64, *, taken: bool) -> None:
         """Log one step."""

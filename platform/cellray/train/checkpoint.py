@@ -180,6 +180,7 @@ def verify(folder: str | Path) -> Manifest:
     """
     path = Path(folder)
     manifest = read_manifest(path)
+    sealed: set[Path] = set()
     for rank in range(manifest.workers):
         name = _seal_name(rank, manifest.workers)
         try:
@@ -194,6 +195,12 @@ def verify(folder: str | Path) -> Manifest:
                 raise CheckpointError(
                     f"checkpoint '{path}' is torn: '{file}' is not what rank {rank} wrote"
                 )
+        sealed |= {path / file for file in facts}
+    others = sorted(str(f) for f in set((path / ENGINE_DIR).glob("*.safetensors")) - sealed)
+    if others:
+        raise CheckpointError(
+            f"checkpoint '{path}' is mixed with another: no rank sealed {', '.join(others[:3])}"
+        )
     return manifest
 
 

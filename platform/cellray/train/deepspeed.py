@@ -12,6 +12,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import nn
 
@@ -30,7 +31,7 @@ from cellray.train.engine import (
 )
 from cellray.train.optim import build_adamw, set_learning_rate
 from cellray.train.shards import Piece, Shards, pieces_state, restore_pieces, whole_parameters
-from cellray.train.statistics import share_statistics
+from cellray.train.statistics import KeptStatistics, share_statistics
 
 __all__ = ["DeepSpeedEngine", "deepspeed_config"]
 
@@ -132,10 +133,11 @@ class DeepSpeedEngine:
         backend = "nccl" if cuda else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        # DeepSpeed makes its float32 masters from weights that it has rounded to bf16.
-        exact = {}
-        if precision == "bf16" and zero_stage > 0:
-            exact = {name: p.detach().to("cpu", copy=True) for name, p in trained.items()}
+        # DeepSpeed rounds all parameters to bf16, and makes its float32 masters from that.
+        rounds = precision == "bf16" and zero_stage > 0
+        exact, self._frozen = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        for name, p in module.named_parameters(remove_duplicate=False) if rounds else ():
+            (exact if p.requires_grad else self._frozen)[name] = host_copy(p)
         self._optimizer = build_adamw(module, optim)
         self._engine, *_ = deepspeed.initialize(
             model=_Autocasting(module, precision),
@@ -165,9 +167,14 @@ class DeepSpeedEngine:
         """See :class:`cellray.train.engine.Engine`."""
         set_learning_rate(self._engine.optimizer, lr)
         norm = 0.0
+        statistics = KeptStatistics(self.module)
 
         def backward(loss: torch.Tensor, last: bool) -> None:
             nonlocal norm
+            if isinstance(self._engine.optimizer, BF16_Optimizer):
+                # It has added the last pass's gradients to float32 ones, and would again: it clears
+                # them on hooks that DeepSpeed hangs on tensors in tuples and dicts, not in ours.
+                self._engine.optimizer.clear_lp_grads()
             self._engine.set_gradient_accumulation_boundary(last)
             self._engine.backward(loss)
             if last and self._stage == 0:
@@ -190,7 +197,13 @@ class DeepSpeedEngine:
         )
         if self._stage:
             norm = float(self._engine.get_global_grad_norm() or 0.0)
-        return replace(stats, gradient_norm=norm, taken=stats.taken and math.isfinite(norm))
+        taken = stats.taken and math.isfinite(norm)
+        if not taken:
+            statistics.put_back()
+            if self._stage in (1, 2):  # with offload DeepSpeed would go on adding to what was bad
+                held = getattr(self._engine.optimizer, "averaged_gradients", {})
+                held.update(dict.fromkeys(held))
+        return replace(stats, gradient_norm=norm, taken=taken)
 
     def evaluate(self, batches: Iterable[CellBatch], *, counted: int | None = None) -> StepStats:
         """See :class:`cellray.train.engine.Engine`; at stage 3 ranks must have equally many."""
@@ -228,7 +241,10 @@ class DeepSpeedEngine:
             self.module.named_parameters(remove_duplicate=False)
         )
         for name, value in self.module.state_dict().items():
-            whole = _whole(parameters[name]) if name in parameters else value
+            if name in self._frozen:
+                whole = self._frozen[name]
+            else:
+                whole = _whole(parameters[name]) if name in parameters else value
             if keep:
                 result[name] = host_copy(whole)
         return result

@@ -23,7 +23,7 @@ from cellray.objectives.base import Loss, Objective
 from cellray.train.config import OptimSection
 from cellray.train.optim import build_adamw, set_learning_rate
 from cellray.train.shards import Shards, pieces_state, restore_pieces, whole_parameters
-from cellray.train.statistics import share_statistics
+from cellray.train.statistics import KeptStatistics, share_statistics
 
 __all__ = [
     "Engine",
@@ -97,8 +97,8 @@ class Engine(Protocol):
         Args:
             batches: this rank's micro-batches, at least one; ranks may have unlike numbers.
             lr: learning rate.
-            limit: a mean loss above it, or one that is not finite, leaves the step out: weights
-                and optimizer stay as they are, on all ranks.
+            limit: a mean loss above it, or one that is not finite, leaves the step out: weights,
+                running statistics and optimizer stay as they are, on all ranks.
             vote: is summed over ranks, for whatever the caller has to agree on.
         """
         ...
@@ -189,7 +189,7 @@ def _summed(losses: Sequence[Loss]) -> tuple[list[str], torch.Tensor]:
     device = losses[0].total.device if losses else torch.device("cpu")
     columns = [torch.stack([x.total.detach().double() for x in losses]).sum()] if losses else []
     count = float(sum(x.num_targets for x in losses))
-    columns.append(torch.tensor(count, dtype=torch.float64, device=device))
+    columns.append(torch.full((), count, dtype=torch.float64, device=device))
     columns += [torch.stack([x.parts[n].double() for x in losses]).sum() for n in names]
     sums = torch.stack(columns) if losses else torch.zeros(2, dtype=torch.float64)
     if world_size() > 1:
@@ -256,7 +256,7 @@ def step_losses(
 
     Ranks take equally many passes: one with fewer micro-batches passes its first again, uncounted.
     A step that is to be left out gets a gradient that is no number, which every engine leaves out
-    by itself; so no rank waits for the host between forward and backward.
+    by itself; so the host need not wait for the loss between forward and backward.
 
     Args:
         engine_module: callable on a batch.
@@ -288,7 +288,7 @@ def step_losses(
             total = total * torch.where(bad, math.nan, 1.0).to(total.device, total.dtype)
         backward(total * (scale / max(count, 1)), i == passes - 1)
     stats = _stats(names, sums)
-    mine = tuple(float(loss.total) for loss in losses[: len(batches)])
+    mine = tuple(torch.stack([loss.total for loss in losses[: len(batches)]]).tolist())
     taken = math.isfinite(stats.loss) and stats.loss <= limit
     return replace(stats, votes=votes, losses=mine, taken=taken)
 
@@ -324,6 +324,7 @@ class TorchEngine:
         """See :class:`Engine`."""
         set_learning_rate(self._optimizer, lr)
         self._optimizer.zero_grad(set_to_none=True)
+        statistics = KeptStatistics(self.module)
         stats = step_losses(
             self.module,
             self._objective,
@@ -342,13 +343,18 @@ class TorchEngine:
             self._optimizer.step()
         else:
             self._optimizer.zero_grad(set_to_none=True)
+            statistics.put_back()
         return replace(stats, gradient_norm=norm, taken=taken)
 
     def _reduce_gradients(self) -> None:
+        """Sum over ranks; a parameter that this step did not reach has a gradient of zeros."""
         trainable = [p for p in self.module.parameters() if p.requires_grad]
+        for p in trainable:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         if world_size() == 1 or not trainable:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainable]
+        grads = [p.grad for p in trainable if p.grad is not None]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
         offset = 0

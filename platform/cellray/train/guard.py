@@ -27,7 +27,8 @@ class LossGuard:
     Args:
         policy: ``stop`` or ``skip``.
         factor: a loss above this many times the median of the last 50 has exploded, once there
-            are 20; 0 never.
+            are 20, if it is also above the median of the run's first 20: a model that has learnt
+            its cells by heart is not stopped by a hard one; 0 never.
         most: bad steps in a row that ``skip`` puts up with.
         state: what :meth:`state` gave when the checkpoint was written, {} for a new run.
     """
@@ -43,21 +44,23 @@ class LossGuard:
         before = state or {}
         self._policy, self._factor, self._most = policy, factor, most
         self._recent: deque[float] = deque(before.get("recent_losses", []), maxlen=_REMEMBERED)
+        self._began: float | None = before.get("loss_at_first")
         self._in_a_row = int(before.get("bad_in_a_row", 0))
         self.bad_steps = int(before.get("bad_steps", 0))
 
     @property
     def limit(self) -> float:
         """The highest loss the next step may have."""
-        if not self._factor or len(self._recent) < _ENOUGH:
+        if not self._factor or self._began is None:
             return math.inf
         median = statistics.median(self._recent)
-        return self._factor * median if median > 0 else math.inf
+        return max(self._factor * median, self._began) if median > 0 else math.inf
 
     def state(self) -> dict[str, Any]:
         """What a run that goes on must know."""
         return {
             "recent_losses": list(self._recent),
+            "loss_at_first": self._began,
             "bad_in_a_row": self._in_a_row,
             "bad_steps": self.bad_steps,
         }
@@ -66,6 +69,8 @@ class LossGuard:
         """Take note of a step."""
         if stats.taken:
             self._recent.append(stats.loss)
+            if self._began is None and len(self._recent) == _ENOUGH:
+                self._began = statistics.median(self._recent)
             self._in_a_row = 0
         else:
             self._in_a_row += 1
@@ -100,7 +105,7 @@ def _words(stats: StepStats, limit: float) -> str:
     if stats.loss > limit:
         return (
             f"the loss exploded: {stats.loss:.6g}, more than {limit:.6g} "
-            "(train.explosion_factor x the median of the steps before)"
+            "(train.explosion_factor x the median of the steps before, at least the first ones')"
         )
     return f"the gradient's norm is {stats.gradient_norm} (loss {stats.loss:.6g})"
 

@@ -52,7 +52,8 @@ class Collator:
     """Cuts a rank's cells of a step into corrupted micro-batches of cells of like length.
 
     Losses are sums over the step's cells, so which micro-batch a cell is in changes no loss and no
-    gradient, but sorted by length the cells need less padding.
+    gradient (but of what looks at cells together: batch norms, elastic similarity), and sorted by
+    length the cells need less padding.
 
     Attributes:
         objective: hides what is to be predicted.
@@ -116,7 +117,7 @@ def most_tokens(
     Args:
         measure: tokens -> bytes at the pass's peak (inf: it did not fit).
         budget_bytes: what a pass may take.
-        first: tokens of the smaller trial, about one long cell.
+        first: tokens of the smaller trial, one long cell.
         most: no more are tried (the cells of a step).
 
     Returns:
@@ -124,12 +125,15 @@ def most_tokens(
     """
     first = min(first, most)
     second = min(2 * first, most)
-    small, large = measure(first), measure(second)
-    if not np.isfinite(large) or second == first:
-        return first if not np.isfinite(large) or small > budget_bytes else second
+    small = measure(first)
+    if second == first or small > budget_bytes:
+        return first
+    large = measure(second)
+    if large > budget_bytes:
+        return first
     per_token = max((large - small) / (second - first), 1.0)
     wanted = int(first + (0.95 * budget_bytes - small) / per_token)
-    tokens = max(first, min(wanted, most))
+    tokens = max(second, min(wanted, most))
     while tokens > second and measure(tokens) > budget_bytes:
-        tokens = int(tokens * 0.9)
+        tokens = max(int(tokens * 0.9), second)
     return tokens

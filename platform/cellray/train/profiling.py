@@ -17,7 +17,8 @@ class StepProfiler:
 
     Args:
         steps: (first, last) counted from 1; () records nothing.
-        folder: receives ``steps-F-L.trace.json.gz`` (open it in Perfetto) and ``steps-F-L.txt``.
+        folder: receives ``steps-F-L.trace.json.gz`` (open it in Perfetto) and ``steps-F-L.txt``,
+            named by the steps recorded: a run that goes on among them records the rest.
     """
 
     def __init__(self, steps: Sequence[int], folder: Path) -> None:
@@ -26,7 +27,7 @@ class StepProfiler:
         self._profiler: Any = None
 
     def step(self, done: int) -> None:
-        """Tell that step ``done`` is over."""
+        """Tell that ``done`` steps are over, at the beginning and after every step."""
         if not self._steps:
             return
         first, last = self._steps
@@ -36,6 +37,7 @@ class StepProfiler:
                 activities.append(ProfilerActivity.CUDA)
             self._profiler = profile(activities=activities, record_shapes=True)
             self._profiler.start()
+            self._steps = (done + 1, last)
         elif self._profiler is not None and done >= last:
             self.close()
 

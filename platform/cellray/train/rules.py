@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cellray.core.errors import ConfigError
 from cellray.data.config import DataSection
-from cellray.data.plan import default_lanes, rank_lanes
+from cellray.data.plan import default_lanes
 from cellray.train.config import BatchSection, ScaleSection
 
 __all__ = ["check_batch", "uneven_shares"]
@@ -30,17 +30,18 @@ def check_batch(batch: BatchSection, scale: ScaleSection, data: DataSection) -> 
         )
 
 
-def uneven_shares(batch: BatchSection, scale: ScaleSection, data: DataSection) -> str:
-    """A word on workers that do not divide a global batch evenly, "" where they do."""
-    lanes = data.lanes or default_lanes(batch.cells_global)
-    if lanes % scale.workers == 0:
+def uneven_shares(largest: int, *, workers: int, cells_global: int) -> str:
+    """A word on workers that do not share a global batch evenly, "" where they do.
+
+    Args:
+        largest: cells of a step that the worker with the most lanes gets.
+        workers: number of workers.
+        cells_global: cells of a step.
+    """
+    if largest * workers == cells_global:
         return ""
-    per_lane = batch.cells_global // lanes
-    shares = [
-        len(rank_lanes(lanes, rank, scale.workers)) * per_lane for rank in (0, scale.workers - 1)
-    ]
     return (
-        f"{scale.workers} workers share {lanes} lanes unevenly: {shares[0]} cells a step for some, "
-        f"{shares[1]} for others, and all wait for the slowest; numbers of workers that divide "
-        f"{lanes} share evenly"
+        f"{workers} workers share {cells_global} cells a step unevenly: {largest} for some, fewer "
+        f"for others, and all wait for the slowest; set data.lanes to a multiple of {workers} that "
+        "divides batch.cells_global"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -36,12 +37,19 @@ _FREE_KEYS = (
 )
 
 
+def _step_of(row: str) -> float:
+    try:
+        return int(json.loads(row)["step"])
+    except (ValueError, KeyError, TypeError):  # damaged: kept nowhere
+        return math.inf
+
+
 def drop_after(file: Path, step: int) -> None:
     """Keep the whole rows of a JSON-lines file whose step is not after ``step``."""
     if not file.is_file():
         return
     rows = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= step]
+    kept = [row for row in rows if row.endswith("\n") and _step_of(row) <= step]
     partial = file.with_suffix(".partial")
     partial.write_text("".join(kept), encoding="utf-8")
     os.replace(partial, file)

@@ -9,6 +9,7 @@ of something. A rank that cannot write says so with its vote, and all stop toget
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -194,10 +195,12 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[str]]:
         CheckpointError: there are checkpoints, and none is whole.
     """
     torn = []
-    for note in reversed(committed(run_dir)):
+    for place, note in enumerate(reversed(committed(run_dir))):
         folder = Path(run_dir) / _FOLDER / str(note["name"])
         if not folder.is_dir():
-            continue  # an older one, made room for newer ones
+            if place == 0:  # older ones have made room for newer ones; this one never would
+                torn.append(f"checkpoint '{folder}' is noted, but gone")
+            continue
         try:
             verify(folder)
         except CheckpointError as error:
@@ -212,11 +215,16 @@ def newest_whole(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
+def judged_loss(note: Mapping[str, Any]) -> float:
+    """The validation loss of a noted checkpoint; inf where there is none, or it is no number."""
+    loss = float(note.get("validation/loss", math.inf))
+    return math.inf if math.isnan(loss) else loss
+
+
 def prune(run_dir: str | Path, *, keep_last: int) -> None:
     """Delete all checkpoints but the newest ones and the best by validation loss."""
     there = [n for n in committed(run_dir) if (Path(run_dir) / _FOLDER / str(n["name"])).is_dir()]
-    judged = [n for n in there if "validation/loss" in n]
-    best = [min(judged, key=lambda n: float(n["validation/loss"]))] if judged else []
+    best = [min(there, key=judged_loss)] if there else []
     kept = {str(note["name"]) for note in [*there[-keep_last:], *best]}
     for note in there:
         if note["name"] not in kept:

@@ -65,6 +65,8 @@ def tokens_that_fit(
     budget = _budget(job, model, local_workers)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     found = _search(job, collator, model, budget)
+    if next(model.parameters()).device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # what is reported is the run's
     for name, buffer in model.named_buffers():  # batch norms have taken note of the trials
         buffer.copy_(before[name])
     if world > 1:
@@ -110,7 +112,7 @@ def _search(job: TrainJob, collator: Collator, model: CellModel, budget: float) 
         return _peak_bytes(job, collator, model, batch)
 
     most = per_cell * max(1, min(share, job.batch.cells_micro))
-    return most_tokens(measure, budget, first=2 * per_cell, most=max(most, per_cell))
+    return most_tokens(measure, budget, first=per_cell, most=max(most, per_cell))
 
 
 def _alone(block: TokenBlock, rows: Any) -> TokenBlock:

@@ -1,4 +1,4 @@
-"""Batch norms of several ranks: one set of running statistics for the model that is kept."""
+"""Running statistics of batch norms: one set for all ranks, and back where a step is left out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,28 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["share_statistics"]
+__all__ = ["KeptStatistics", "share_statistics"]
+
+
+def _norms(module: nn.Module) -> list[_BatchNorm]:
+    return [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+class KeptStatistics:
+    """The running statistics of one moment.
+
+    Args:
+        module: whose batch norms are looked at.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        buffers = [b for norm in _norms(module) for b in norm.buffers(recurse=False)]
+        self._kept = [(buffer, buffer.clone()) for buffer in buffers]
+
+    def put_back(self) -> None:
+        """Let the batch norms forget what they have seen since."""
+        for buffer, kept in self._kept:
+            buffer.copy_(kept)
 
 
 def share_statistics(module: nn.Module) -> None:
@@ -19,7 +40,7 @@ def share_statistics(module: nn.Module) -> None:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = _norms(module)
     if not norms:
         return
     with torch.no_grad():

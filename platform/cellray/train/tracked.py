@@ -10,6 +10,7 @@ from typing import Any
 from cellray.data.config import DataSection
 from cellray.train.config import CheckpointSection, TrackingSection
 from cellray.train.job import TrainJob
+from cellray.train.rules import uneven_shares
 from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import Tracker
 from cellray.train.trainer import TrainResult, fit
@@ -88,6 +89,13 @@ def fit_tracked(
     """
     for warning in job.data.warnings:
         say(f"warning: {warning}")
+    uneven = uneven_shares(
+        job.data.plan.share(0, job.scale.workers),
+        workers=job.scale.workers,
+        cells_global=job.batch.cells_global,
+    )
+    if uneven:
+        say(f"warning: {uneven}")
     if job.data.cut:
         say(f"long cells: {job.data.cut}")
     fingerprints = {

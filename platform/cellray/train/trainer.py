@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +25,7 @@ from cellray.train.config import ScaleSection
 from cellray.train.job import TrainJob
 from cellray.train.progress import ReportCallback, watch
 from cellray.train.rundir import RunDirectory
-from cellray.train.saving import committed, newest_whole
+from cellray.train.saving import committed, judged_loss, newest_whole
 from cellray.train.tracking import Tracker
 from cellray.train.worker import train_worker
 
@@ -208,7 +206,7 @@ def _chosen(run: RunDirectory, *, judged: bool) -> Path:
     """
     notes = [n for n in committed(run.path) if (run.path / "checkpoints" / n["name"]).is_dir()]
     if judged:
-        notes.sort(key=lambda note: -float(note.get("validation/loss", math.inf)))
+        notes.sort(key=lambda note: -judged_loss(note))
     for note in reversed(notes):
         folder = run.path / "checkpoints" / str(note["name"])
         try:
@@ -263,11 +261,6 @@ def fit(
         run_id,
         resumed_from_step=began,
     )
-
-
-def remove_checkpoints(run: RunDirectory) -> None:
-    """Delete the resumable checkpoints of a finished run; the exported model stays."""
-    shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
 
 
 def pick_device(scale: ScaleSection) -> str:

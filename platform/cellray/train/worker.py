@@ -40,6 +40,7 @@ from cellray.train.microbatch import Collator
 from cellray.train.profiling import StepProfiler
 from cellray.train.saving import Saver, newest_whole, remove_uncommitted
 from cellray.train.sizing import tokens_that_fit
+from cellray.train.statistics import KeptStatistics
 from cellray.train.telemetry import Telemetry
 
 __all__ = ["train_worker"]
@@ -48,7 +49,17 @@ _LOG = logging.getLogger(__name__)
 
 
 def freeze_unreached(model: nn.Module, objective: Objective, batch: CellBatch) -> list[str]:
-    """Freeze parameters that the loss does not reach (e.g. a pretraining decoder)."""
+    """Freeze parameters that the loss does not reach (e.g. a pretraining decoder).
+
+    Args:
+        model: its gradients are cleared, its running statistics left as they are.
+        objective: of the run.
+        batch: corrupted cells, with every category of every covariate among them.
+
+    Returns:
+        Names of what was frozen.
+    """
+    statistics = KeptStatistics(model)
     objective.loss(model(batch), batch).total.backward()  # type: ignore[no-untyped-call]
     frozen = []
     for name, parameter in model.named_parameters():
@@ -56,7 +67,19 @@ def freeze_unreached(model: nn.Module, objective: Objective, batch: CellBatch) -
             parameter.requires_grad_(False)
             frozen.append(name)
         parameter.grad = None
+    statistics.put_back()
     return frozen
+
+
+def probe_cells(job: TrainJob, pad: int) -> CellBatch:
+    """The first cells, with every category of every covariate: each may have its own weights."""
+    source, levels = job.data.source, job.manifest.covariates
+    block = source.tokens(job.data.plan.joinids[: job.batch.cells_micro], epoch=0)
+    rows = np.arange(max([len(block), *(2 * len(names) for names in levels.values())]))
+    cells = rows % len(block)
+    codes = {name: found[cells] for name, found in source.covariates(block.joinids).items()}
+    codes |= {name: rows % len(names) for name, names in levels.items()}
+    return collate_tokens(block.take(cells), pad=pad, covariates=codes)
 
 
 def _shared(value: Any) -> Any:
@@ -141,10 +164,9 @@ class _Worker(Host):
             if not job.train_backbone:
                 for name, parameter in model.named_parameters():
                     parameter.requires_grad_(name.startswith("head."))
-            block = job.data.source.tokens(job.data.plan.joinids[: job.batch.cells_micro], epoch=0)
-            codes = job.data.source.covariates(block.joinids)
-            probe = collate_tokens(block, pad=self.vocab.pad, covariates=codes)
-            freeze_unreached(model, self.objective, self.objective.corrupt(probe, Draw(0)))
+            probe = self.objective.corrupt(probe_cells(job, self.vocab.pad), Draw(0))
+            for name in freeze_unreached(model, self.objective, probe):
+                _LOG.info("%s: the loss does not reach '%s': frozen", job.name, name)
         if folder is not None:
             model.load_state_dict(read_weights(folder))
         if job.train.compile:
@@ -281,7 +303,11 @@ class _Worker(Host):
             stats=stats,
             lr=lr,
         )
-        self.guard.judge(tokens.step, stats, str(where))
+        try:
+            self.guard.judge(tokens.step, stats, str(where))
+        except StoppedError:  # on all ranks together
+            self.saver.finish()
+            raise
 
     def run(self) -> None:
         """Train from the last checkpoint to the run's last step."""
@@ -299,6 +325,7 @@ class _Worker(Host):
             validation=self.validation,
             validation_counted=self.counted,
         )
+        self.profiler.step(self.first_step)
         try:
             loop.run(self._stream())
             self.saver.finish()

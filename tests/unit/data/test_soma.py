@@ -1,6 +1,5 @@
 import pickle
 import shutil
-import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -307,8 +306,7 @@ def test_a_file_uri_is_a_path(store):
 
 @pytest.mark.parametrize("name", ["soma-exp-pbmc-small", "soma-exp-pbmc-small-pre-1.15"])
 def test_experiments_written_by_r_are_read(cellray_data, tmp_path, name):
-    with tarfile.open(cellray_data / "formats" / f"{name}.tar.gz") as archive:
-        archive.extractall(tmp_path / name, filter="data")
+    shutil.unpack_archive(cellray_data / "formats" / f"{name}.tar.gz", tmp_path / name)
     with pytest.raises(DataError, match="no layer 'raw'.*It has: counts, data, scale_data"):
         open_store(str(tmp_path / name))
     store = open_store(str(tmp_path / name), layer="counts")

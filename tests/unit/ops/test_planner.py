@@ -13,10 +13,11 @@ from cellray.runs import JOBS, build_run, load_run
 
 BASE = {
     "name": "planned",
-    "data": {"uri": "s3://nowhere/store", "split": {"validation_fraction": 0.1}},
+    "data": {"uri": "s3://nowhere/store", "lanes": 20, "split": {"validation_fraction": 0.1}},
     "tokenizer": {"max_tokens": 512},
     "model": {"family": "geneformer", "width": 64, "num_layers": 2, "ffn_width": 128},
     "batch": {"cells_global": 100, "cells_micro": 10},
+    # 20 lanes of 5 cells: 4 workers get 25 each
     "train": {"epochs": 2.0, "precision": "bf16"},
     "scale": {"workers": 4, "gpus_per_worker": 1.0},
     "checkpoint": {"every_steps": 50, "keep_last": 3},
@@ -49,6 +50,24 @@ def test_hours_are_operations_over_the_assumed_rate():
     assert f"cost: {plan.worker_hours * 2:,.0f} at 2 a GPU-hour" in plan_lines(plan)
 
 
+def test_all_wait_for_the_worker_with_the_most_lanes():
+    even, uneven = planned(hardware="h100"), planned(hardware="h100", workers=8)
+    assert uneven.facts.share(8) == 15  # three lanes of 20, the others two
+    assert uneven.hours == pytest.approx(even.hours * 15 / 25)
+    assert uneven.micro_cells == 10
+    told = "\n".join(plan_lines(uneven))
+    assert "8 workers share 100 cells a step unevenly: 15 for some" in told
+    assert f"{uneven.rate * 8 * 12.5 / 15:,.1f} in all" in told
+    assert "unevenly" not in "\n".join(plan_lines(even))
+    with pytest.raises(ConfigError, match="21 workers cannot share the plan's 20 lanes"):
+        planned(hardware="h100", workers=21)
+
+
+def test_a_selection_smaller_than_a_step_is_refused():
+    with pytest.raises(ConfigError, match=r"plan.cells = 110 leaves 99 cells to train on, fewer"):
+        planned({"plan": {**BASE["plan"], "cells": 110}}, hardware="h100")
+
+
 def test_a_measured_rate_needs_no_operations():
     plan = planned(hardware="a100", cells_per_second=10.0)
     assert plan.hours == pytest.approx(18_000 / 40 / 3600)
@@ -60,9 +79,9 @@ def test_the_section_gives_what_the_command_line_does_not():
     plan = planned({"plan": section})
     assert (plan.hardware.name, plan.price) == ("h200", 3.0)
     assert "10 % of 989" in plan.basis
-    other = planned({"plan": section}, hardware="a100", workers=8, price=1.0)
-    assert (other.hardware.name, other.workers, other.price) == ("a100", 8, 1.0)
-    assert other.hours == pytest.approx(plan.hours * 989 / 312 / 2)
+    other = planned({"plan": section}, hardware="a100", workers=10, price=1.0)
+    assert (other.hardware.name, other.workers, other.price) == ("a100", 10, 1.0)
+    assert other.hours == pytest.approx(plan.hours * 989 / 312 * 10 / 25)
 
 
 def test_disk_and_reads():

@@ -40,6 +40,17 @@ def test_no_limit_before_twenty_losses_then_ten_times_the_median_of_fifty():
     assert guard(factor=0.0).limit == math.inf
 
 
+def test_a_model_that_has_learnt_its_cells_is_not_stopped_by_a_hard_one():
+    watching = guard()
+    for _ in range(20):
+        watching.observe(good(2.0))
+    for _ in range(50):
+        watching.observe(good(0.002))
+    assert watching.limit == 2.0  # what the untrained model had, not 0.02
+    again = guard(state=watching.state())
+    assert again.limit == 2.0
+
+
 def test_stop_names_step_loss_and_where_the_cells_are():
     watching = guard()
     watching.observe(BAD)

@@ -96,6 +96,11 @@ def test_the_search_gives_way_where_memory_grows_faster_than_it_seemed():
     assert measure(found) <= 8_000
 
 
+def test_the_search_keeps_to_one_cell_where_two_do_not_fit():
+    assert most_tokens(lambda t: 10.0 * t, 150, first=10, most=64) == 10
+    assert most_tokens(lambda t: float("inf") if t > 10 else 5.0, 100, first=10, most=64) == 10
+
+
 def test_the_search_keeps_to_the_cells_of_a_step_and_to_what_does_not_fit_at_all():
     assert most_tokens(lambda t: float(t), 1e9, first=10, most=64) == 64
     assert most_tokens(lambda t: float("inf"), 1e9, first=10, most=64) == 10

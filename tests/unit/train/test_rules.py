@@ -34,12 +34,9 @@ def test_lanes_must_divide_a_global_batch():
 
 
 def test_uneven_shares_are_told():
-    def told(cells_global, workers):
-        batch = BatchSection(cells_global=cells_global)
-        return uneven_shares(batch, ScaleSection(workers=workers), DataSection(uri="x"))
-
-    assert told(32, 4) == ""
-    assert "3 workers share 32 lanes unevenly: 11 cells a step for some, 10" in told(32, 3)
+    assert uneven_shares(8, workers=4, cells_global=32) == ""
+    told = uneven_shares(11, workers=3, cells_global=32)
+    assert "3 workers share 32 cells a step unevenly: 11 for some, fewer for others" in told
 
 
 def test_an_elastic_run_has_a_range_of_workers():

@@ -12,6 +12,7 @@ def test_progress_after_the_step_of_the_checkpoint_is_dropped(tmp_path):
     run.rewind(4)  # nothing was reported yet
     run.path.mkdir()
     rows = "".join(json.dumps({"step": s, "loss": 1 / s}) + "\n" for s in (2, 4, 6))
+    rows = rows.replace('{"step": 4', '{"st\x00ep\n{"step": 4')  # a disk's damage in the middle
     run.progress.write_text(rows + '{"step": 7, "lo')  # the driver died in the middle of a row
     run.rewind(4)
     assert [json.loads(r)["step"] for r in run.progress.read_text().splitlines()] == [2, 4]

@@ -1,6 +1,7 @@
 """Checkpoints of a run: committed together, verified, the newest whole one chosen."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -13,7 +14,15 @@ from cellray.train.cell_log import CellLog, read_cell_log
 from cellray.train.checkpoint import Manifest, read_checkpoint, verify
 from cellray.train.engine import Snapshot
 from cellray.train.rundir import drop_after
-from cellray.train.saving import NOTES, Saver, committed, newest_whole, prune, remove_uncommitted
+from cellray.train.saving import (
+    NOTES,
+    Saver,
+    committed,
+    judged_loss,
+    newest_whole,
+    prune,
+    remove_uncommitted,
+)
 
 VOCAB = Vocab.from_genes(["ENSG00000000001", "ENSG00000000002"], ["A", "B"], specials=("<pad>",))
 BASE = Manifest(
@@ -94,12 +103,37 @@ def test_a_note_cut_short_and_a_folder_that_is_gone_are_passed_over(run_dir):
     assert [n["step"] for n in committed(run_dir)] == [2, 4]
 
 
+def test_a_newest_checkpoint_that_is_gone_and_files_of_another_are_named(run_dir):
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000006-s1")
+    folder, torn = newest_whole(run_dir)
+    assert folder.name == "step-00000004-s1"
+    assert "step-00000006-s1' is noted, but gone" in torn[0]
+    shard = next((folder / "engine").glob("*.safetensors"))
+    shutil.copy(shard, shard.with_name("optimizer-00000-of-00007.safetensors"))
+    with pytest.raises(CheckpointError, match="no rank sealed .*00000-of-00007"):
+        verify(folder)
+    assert newest_whole(run_dir)[0].name == "step-00000002-s1"
+
+
 def test_the_newest_and_the_best_are_kept(run_dir):
     for step, loss in ((2, 3.0), (4, 1.0), (6, 2.0)):
         with open(run_dir / "judged.jsonl", "a") as notes:
             note = {"step": step, "validation/loss": loss, "name": f"step-{step:08d}-s1"}
             notes.write(json.dumps(note) + "\n")
     (run_dir / "judged.jsonl").replace(run_dir / NOTES)
+    prune(run_dir, keep_last=1)
+    left = sorted(f.name for f in (run_dir / "checkpoints").iterdir())
+    assert left == ["step-00000004-s1", "step-00000006-s1"]
+
+
+def test_a_validation_loss_that_is_no_number_is_never_the_best(run_dir):
+    with open(run_dir / "judged.jsonl", "a") as notes:
+        for step, loss in ((2, math.nan), (4, 0.3), (6, 0.4)):
+            note = {"step": step, "validation/loss": loss, "name": f"step-{step:08d}-s1"}
+            notes.write(json.dumps(note) + "\n")
+    (run_dir / "judged.jsonl").replace(run_dir / NOTES)
+    assert [judged_loss(n) for n in committed(run_dir)] == [math.inf, 0.3, 0.4]
+    assert judged_loss({"step": 2}) == math.inf
     prune(run_dir, keep_last=1)
     left = sorted(f.name for f in (run_dir / "checkpoints").iterdir())
     assert left == ["step-00000004-s1", "step-00000006-s1"]
