@@ -43,5 +43,5 @@ def uneven_shares(largest: int, *, workers: int, cells_global: int) -> str:
     return (
         f"{workers} workers share {cells_global} cells a step unevenly: {largest} for some, fewer "
         f"for others, and all wait for the slowest; set data.lanes to a multiple of {workers} that "
-        "divides batch.cells_global"
+        "divides batch.cells_global, or, where there is none, to a larger divisor"
     )
