@@ -254,13 +254,12 @@ class Store:
     def _read_obs(
         self, names: list[str] | None, value_filter: str | None, coords: tuple[pa.Array, ...]
     ) -> pa.Table:
-        # obs is opened anew each time: an append writes it afresh, and a handle kept over one
-        # would look for pieces that are gone
+        # opened anew each time: a handle kept over an append would look for pieces that are gone
         with self._open() as experiment:
             try:
                 obs = experiment.obs
-            except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
-                raise DataError(f"obs of '{self.uri}' cannot be opened: {error}") from error
+            except (tiledbsoma.SOMAError, OSError, RuntimeError) as e:
+                raise DataError(f"obs of '{self.uri}' cannot be opened: {e}") from e
             try:
                 reader = obs.read(coords, column_names=names, value_filter=value_filter or None)
             except (tiledbsoma.SOMAError, OSError, SyntaxError, ValueError, TypeError) as error:
@@ -303,9 +302,8 @@ class Store:
         if low < 0 or high > last:
             wrong = low if low < 0 else high
             raise DataError(f"joinid {wrong} is not in '{self.uri}' (0 .. {last})")
-        twice = joinids[1:][joinids[1:] == joinids[:-1]]
-        if len(twice):
-            raise DataError(f"joinid {int(twice[0])} is asked for more than once in one block")
+        for twice in joinids[1:][joinids[1:] == joinids[:-1]]:
+            raise DataError(f"joinid {int(twice)} is asked for more than once in one block")
 
     def _read_rows(self, joinids: I64, gene_map: I32) -> RowGatherer:
         """Read N cells, at least one, into compressed rows."""
