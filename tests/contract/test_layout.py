@@ -45,6 +45,7 @@ HOMES = {
         "data/parts.py",
     },
     "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
+    "igraph": {"metrics/graphs.py"},
 }
 
 # Who may import whom, inside the package (beside itself and core).
@@ -122,6 +123,13 @@ def test_who_may_import_whom(package):
             parts = name.split(".")
             if parts[0] == "cellray" and len(parts) > 1 and (PACKAGE / parts[1]).is_dir():
                 assert parts[1] in allowed, f"{name_of(path)} imports {name}"
+
+
+def test_metrics_need_numpy_scipy_and_scikit_learn_only():
+    allowed = {"cellray", "igraph", "numpy", "scipy", "sklearn"} | set(sys.stdlib_module_names)
+    for path in sorted((PACKAGE / "metrics").glob("*.py")):
+        for name in imports_of(path):
+            assert name.split(".")[0] in allowed, f"{name_of(path)} imports {name}"
 
 
 def test_models_never_touch_a_store_and_tasks_never_name_a_family():
