@@ -192,7 +192,7 @@ def test_every_module_imports_alone_and_leaves_the_environment_as_it_was():
         "    assert not {k for k in ours if k.startswith(('CELLRAY', 'RAY_AUTH'))}, ours\n"
     )
     # in groups, to share the cost of starting: each of these pulls in all that is below it
-    for module in ("cli", "core.draw", "data.ingest", "nn.attention", "metrics.classification"):
+    for module in ("cli", "core.draw", "data.ingest", "nn.attention", "metrics.integration"):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code, f"cellray.{module}"],
             capture_output=True,

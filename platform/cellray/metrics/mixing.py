@@ -67,11 +67,12 @@ _HALVINGS = 100
 
 def _entropy(distances: F64, beta: F64) -> tuple[F64, F64]:
     """Weights and their entropy in nats. (R, K) and (R,); distances start at 0 in each row."""
-    weights = np.exp(-distances * beta[:, None])
+    weights: F64 = np.exp(-distances * beta[:, None])
     total = weights.sum(axis=1)
     mean = np.einsum("ij,ij->i", weights, distances) / total
     entropy: F64 = np.log(total) + beta * mean
-    return weights / total[:, None], entropy
+    weights /= total[:, None]
+    return weights, entropy
 
 
 def _weights_of(distances: F64, perplexity: float) -> F64:
@@ -80,7 +81,7 @@ def _weights_of(distances: F64, perplexity: float) -> F64:
     spread = beyond.mean(axis=1)
     beta = 1.0 / np.where(spread > 0, spread, 1.0)
     low, high = np.zeros(len(beta)), np.full(len(beta), np.inf)
-    found = np.empty_like(beyond)
+    found: F64 = np.empty_like(beyond)
     left = np.arange(len(beta))
     target = np.log(perplexity)
     for _ in range(_HALVINGS):

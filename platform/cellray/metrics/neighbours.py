@@ -144,14 +144,14 @@ def squared_distances(points: F64, squares: F64, rows: slice) -> tuple[F64, F64]
         rows: the block.
 
     Returns:
-        (R, N) and (R,): an error bound, (D + 4) eps (|x| + |y|)^2 for |x|^2 + |y|^2 - 2 x.y.
+        (R, N) and (R,): an error bound, (D + 8) eps (|x| + |y|)^2 for |x|^2 + |y|^2 - 2 x.y.
     """
     rough = points[rows] @ points.T
     rough *= -2.0
     rough += squares[None, :]
     rough += squares[rows, None]
     reach = np.sqrt(squares[rows]) + np.sqrt(squares.max())
-    return rough, (points.shape[1] + 4) * np.finfo(np.float64).eps * reach**2
+    return rough, (points.shape[1] + 8) * np.finfo(np.float64).eps * reach**2
 
 
 def _nearest_of(embedding: F64, about: tuple[F64, F64], rows: slice, k: int) -> tuple[I64, F64]:
