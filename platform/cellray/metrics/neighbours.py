@@ -25,6 +25,7 @@ __all__ = [
     "centred",
     "finite_matrix",
     "nearest_neighbours",
+    "rounding",
     "row_blocks",
     "squared_distances",
 ]
@@ -135,8 +136,13 @@ def centred(embedding: F64) -> tuple[F64, F64]:
     return points, np.einsum("ij,ij->i", points, points)
 
 
-def squared_distances(points: F64, squares: F64, rows: slice) -> tuple[F64, F64]:
-    """Rounded squared distances of a block's cells to all cells, and how far off they may be.
+def rounding(num_dimensions: int) -> float:
+    """C: the error of a rounded squared distance is below C (|x| + |y|)^2."""
+    return float((num_dimensions + 8) * np.finfo(np.float64).eps)
+
+
+def squared_distances(points: F64, squares: F64, rows: slice) -> F64:
+    """Rounded squared distances |x|^2 + |y|^2 - 2 x.y of a block's cells to all cells.
 
     Args:
         points: (N, D) from :func:`centred`.
@@ -144,24 +150,62 @@ def squared_distances(points: F64, squares: F64, rows: slice) -> tuple[F64, F64]
         rows: the block.
 
     Returns:
-        (R, N) and (R,): an error bound, (D + 8) eps (|x| + |y|)^2 for |x|^2 + |y|^2 - 2 x.y.
+        (R, N); see :func:`rounding` for its error.
     """
     rough = points[rows] @ points.T
     rough *= -2.0
     rough += squares[None, :]
     rough += squares[rows, None]
-    reach = np.sqrt(squares[rows]) + np.sqrt(squares.max())
-    return rough, (points.shape[1] + 8) * np.finfo(np.float64).eps * reach**2
+    return rough
+
+
+def _limit(kth: F64, squares: F64, error: float) -> F64:
+    """No true neighbour's rounded squared distance is above this. (R,).
+
+    A cell y within d of x has |y| <= |x| + d, so far cells do not matter, however far. Let r be the
+    kth least rounded square. The k cells there have d^2 <= r + C (2|x| + d)^2, so the kth least
+    true square is at most m = (r + 8 C |x|^2) / (1 - 2 C), and whatever lies within it is rounded
+    to at most m + C (2|x| + sqrt(m))^2.
+
+    Args:
+        kth: (R,) r, or something above it.
+        squares: (R,) |x|^2.
+        error: C.
+    """
+    most = (np.maximum(kth, 0.0) + 8.0 * error * squares) / (1.0 - 2.0 * error)
+    limit: F64 = most + error * (2.0 * np.sqrt(squares) + np.sqrt(most)) ** 2
+    return limit
+
+
+def _candidates(rough: F64, squares: F64, error: float, k: int) -> tuple[I64, I64]:
+    """Rows and columns of every entry that might be a true neighbour.
+
+    The kth least of a sample of columns bounds the kth least of all from above; what is not above
+    that bound is little, so a row is partitioned in about sqrt(N K) entries instead of N.
+    """
+    width = rough.shape[1]
+    stride = max(1, int(np.sqrt(width / k)))
+    sample = rough[:, ::stride]
+    bound = _limit(np.partition(sample, k - 1, axis=1)[:, k - 1], squares, error)
+    flat = np.flatnonzero(rough <= bound[:, None])
+    line = flat // width
+    counts = np.bincount(line, minlength=len(rough))
+    place = np.arange(len(flat)) - (np.cumsum(counts) - counts)[line]
+    values = rough.ravel()[flat]
+    packed = np.full((len(rough), int(counts.max())), np.inf)
+    packed[line, place] = values
+    bound = _limit(np.partition(packed, k - 1, axis=1)[:, k - 1], squares, error)
+    kept = values <= bound[line]
+    return line[kept], flat[kept] - line[kept] * width
 
 
 def _nearest_of(embedding: F64, about: tuple[F64, F64], rows: slice, k: int) -> tuple[I64, F64]:
     """(R, K) neighbours and distances of one block."""
-    rough, error = squared_distances(*about, rows)
+    rough = squared_distances(*about, rows)
     own = np.arange(rows.start, rows.stop)
     rough[np.arange(len(own)), own] = np.inf
-    kth = np.partition(rough, k - 1, axis=1)[:, k - 1]
-    # twice the error: both the kth distance and its rival may be off
-    line, column = np.nonzero(rough <= (kth + 2.0 * error)[:, None])
+    error = rounding(embedding.shape[1])
+    line, column = _candidates(rough, about[1][rows], error, k)
     distance = _exact(embedding, line + rows.start, column)
     order = np.lexsort((column, distance, line))
     counts = np.bincount(line, minlength=len(own))

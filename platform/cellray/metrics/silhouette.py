@@ -29,7 +29,13 @@ import numpy.typing as npt
 from cellray.core.errors import DataError
 from cellray.metrics.base import Labels, Metric, by_id, encode_labels
 from cellray.metrics.clustering import isolated_labels
-from cellray.metrics.neighbours import centred, finite_matrix, row_blocks, squared_distances
+from cellray.metrics.neighbours import (
+    centred,
+    finite_matrix,
+    rounding,
+    row_blocks,
+    squared_distances,
+)
 
 __all__ = [
     "METRICS",
@@ -69,9 +75,10 @@ def _distance_sums(points: F64, codes: I64, num_clusters: int) -> F64:
     starts = np.searchsorted(codes[order], np.arange(num_clusters))
     about, squares = centred(points[order])
     sums = np.empty((len(points), num_clusters), dtype=np.float64)
+    same = 4.0 * rounding(points.shape[1])
     for rows in row_blocks(len(points), 8 * len(points)):
-        squared, error = squared_distances(about, squares, rows)
-        squared[squared <= error[:, None]] = 0.0  # duplicates, up to rounding
+        squared = squared_distances(about, squares, rows)
+        squared[squared <= same * squares[rows, None]] = 0.0  # duplicates: |x - y| << |x| = |y|
         np.sqrt(squared, out=squared)
         sums[order[rows]] = np.add.reduceat(squared, starts, axis=1)
     return sums

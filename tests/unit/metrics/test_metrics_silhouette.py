@@ -96,3 +96,12 @@ def test_errors_say_what_was_given() -> None:
         bras(points, ["a", "b", "a"], ["x"])
     with pytest.raises(DataError, match="3 widths but 2 labels"):
         isolated_asw(np.zeros(3), ["a", "b"], ["x", "y"])
+
+
+def test_a_cell_far_away_does_not_blur_the_others() -> None:
+    rng = np.random.default_rng(4)
+    labels = rng.integers(0, 3, size=90)
+    points = rng.normal(size=(90, 4)) + labels[:, None]
+    points[5] += 1e5
+    expected = silhouette_samples(points, labels)
+    np.testing.assert_allclose(silhouette_widths(points, labels), expected, atol=1e-6)

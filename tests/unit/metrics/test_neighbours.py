@@ -48,6 +48,17 @@ def test_ties_survive_an_offset_that_swallows_digits() -> None:
     np.testing.assert_array_equal(found.distances[:200], distances)
 
 
+def test_an_outlier_costs_no_exactness() -> None:
+    """Rounding errors are bounded by the cell's own norm, not by the farthest cell's."""
+    points = np.random.default_rng(4).normal(size=(400, 5))
+    points[7] = 1e9
+    points -= points.mean(axis=0)
+    found = nearest_neighbours(points, 15)
+    indices, distances = brute_force(points, 15)
+    np.testing.assert_array_equal(found.indices, indices)
+    np.testing.assert_allclose(found.distances, distances, rtol=1e-12)
+
+
 def test_all_cells_the_same() -> None:
     found = nearest_neighbours(np.ones((5, 2)), 2)
     assert found.indices.tolist() == [[1, 2], [0, 2], [0, 1], [0, 1], [0, 1]]
