@@ -134,7 +134,10 @@ def encode_labels(values: Labels, what: str) -> tuple[npt.NDArray[np.int64], tup
         (N,) int64 positions in the sorted names, and the names.
 
     Raises:
-        DataError: as in :func:`label_texts`.
+        DataError: as in :func:`label_texts`, or there is no label.
     """
-    names, codes = np.unique(label_texts(values, what).astype(str), return_inverse=True)
+    texts = label_texts(values, what)
+    if not len(texts):
+        raise DataError(f"no {what} label is given: there is no cell to score")
+    names, codes = np.unique(texts.astype(str), return_inverse=True)
     return codes.astype(np.int64), tuple(str(name) for name in names)

@@ -49,4 +49,6 @@ def test_codes_of_labels_do_not_depend_on_the_order_of_cells() -> None:
     assert encode_labels(np.array([2, 10, 2]), "cell")[1] == ("10", "2")
     with pytest.raises(DataError, match="1 of 2 cell labels are missing"):
         encode_labels(["a", None], "cell")  # type: ignore[list-item]
+    with pytest.raises(DataError, match="no cell label is given: there is no cell to score"):
+        encode_labels([], "cell")
     assert base.label_texts(["x"], "cell").tolist() == ["x"]
