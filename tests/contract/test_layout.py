@@ -45,6 +45,7 @@ HOMES = {
         "data/parts.py",
     },
     "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
+    "igraph": {"metrics/graphs.py"},
 }
 
 # Who may import whom, inside the package (beside itself and core).
@@ -124,6 +125,13 @@ def test_who_may_import_whom(package):
                 assert parts[1] in allowed, f"{name_of(path)} imports {name}"
 
 
+def test_metrics_need_numpy_scipy_and_scikit_learn_only():
+    allowed = {"cellray", "igraph", "numpy", "scipy", "sklearn"} | set(sys.stdlib_module_names)
+    for path in sorted((PACKAGE / "metrics").glob("*.py")):
+        for name in imports_of(path):
+            assert name.split(".")[0] in allowed, f"{name_of(path)} imports {name}"
+
+
 def test_models_never_touch_a_store_and_tasks_never_name_a_family():
     for path in (PACKAGE / "models").glob("*.py"):
         assert "cellray.data.soma" not in imports_of(path), path
@@ -184,7 +192,7 @@ def test_every_module_imports_alone_and_leaves_the_environment_as_it_was():
         "    assert not {k for k in ours if k.startswith(('CELLRAY', 'RAY_AUTH'))}, ours\n"
     )
     # in groups, to share the cost of starting: each of these pulls in all that is below it
-    for module in ("cli", "core.draw", "data.ingest", "nn.attention", "metrics.classification"):
+    for module in ("cli", "core.draw", "data.ingest", "nn.attention", "metrics.integration"):
         done = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code, f"cellray.{module}"],
             capture_output=True,

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cellray.core.errors import DataError
+from cellray.metrics.base import Labels, Metric, by_id, label_texts
 
 __all__ = [
     "METRICS",
@@ -27,29 +28,10 @@ __all__ = [
     "score_annotation",
 ]
 
-Labels = Sequence[str] | npt.NDArray[np.generic]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True)
-class Metric:
-    """What a metric id means.
-
-    Attributes:
-        id: the versioned name in tables and in MLflow.
-        title: column heading.
-        meaning: one sentence.
-        higher_is_better: None for a count, which is neither.
-    """
-
-    id: str
-    title: str
-    meaning: str
-    higher_is_better: bool | None = True
-
-
-_ALL = (
+METRICS: Mapping[str, Metric] = by_id(
     Metric("accuracy.v1", "accuracy", "correct cells / all cells"),
     Metric("macro_precision.union.v1", "macro P (union)", "mean precision over the union"),
     Metric("macro_recall.union.v1", "macro R (union)", "mean recall over the union"),
@@ -64,7 +46,6 @@ _ALL = (
     Metric("n_unseen_cells", "unseen cells", "test cells of such classes: always wrong", None),
     Metric("n_items", "cells", "cells that were scored", None),
 )
-METRICS: Mapping[str, Metric] = {metric.id: metric for metric in _ALL}
 
 
 @dataclass(frozen=True)
@@ -86,31 +67,10 @@ class ClassScores:
     predicted: I64
 
 
-def _is_missing(value: object) -> bool:
-    """None, NaN of any width, NaT or pandas' NA: whatever does not equal itself."""
-    try:
-        return value is None or bool(value != value)
-    except TypeError:  # NA answers neither yes nor no
-        return True
-
-
-def _texts(values: Labels, what: str) -> npt.NDArray[np.object_]:
-    array = np.asarray(values, dtype=object)
-    if array.ndim != 1:
-        raise DataError(f"{what} labels have shape {array.shape}; give one label per cell")
-    missing = np.array([_is_missing(v) for v in array], dtype=bool)
-    if missing.any():
-        raise DataError(
-            f"{int(missing.sum())} of {len(array)} {what} labels are missing; drop those cells "
-            "before scoring"
-        )
-    return np.array([str(v) for v in array], dtype=object)
-
-
 def _pair(
     truth: Labels, predicted: Labels
 ) -> tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]:
-    true, guess = _texts(truth, "true"), _texts(predicted, "predicted")
+    true, guess = label_texts(truth, "true"), label_texts(predicted, "predicted")
     if len(true) != len(guess):
         raise DataError(f"{len(true)} true labels but {len(guess)} predictions; give one each")
     if not len(true):
