@@ -150,6 +150,7 @@ def test_the_cache_is_written_by_tasks_and_gives_the_same_stream(
     assert again == [f"token cache: 240 cells are there in '{folder}'"]
 
 
+@pytest.mark.slow
 def test_the_stream_waits_for_a_slow_consumer(small_store, ray_cluster):
     """Actors hold two windows each and no more, whatever the object store would take."""
     source, plan = stream_of(small_store)

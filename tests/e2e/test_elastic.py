@@ -20,15 +20,15 @@ def test_an_elastic_run_goes_on_without_a_lost_node_and_takes_a_new_one(small_st
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}
     done = subprocess.run(
         [
-            sys.executable, str(SCRIPT), small_store, str(tmp_path), "--kill", "--steps", "500",
+            sys.executable, str(SCRIPT), small_store, str(tmp_path), "--kill", "--steps", "400",
             "--save-every", "20", "--cells-global", "16",
         ],
         env=environment, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "scale.json").read_text())["kill"]
-    assert found["steps"] == found["stopped_at_step"] == 500
-    assert found["cells"] == 500 * 16
+    assert found["steps"] == found["stopped_at_step"] == 400
+    assert found["cells"] == 400 * 16
     workers = found["workers"]
     assert workers[0] == 4
     assert workers[1] < 4

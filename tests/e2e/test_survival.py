@@ -141,6 +141,7 @@ def go_on(config: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_a_torn_checkpoint_and_other_workers(plain, small_store, tmp_path):
     """ZeRO 2 on two workers is killed, its newest checkpoint torn; ZeRO 3 on three goes on."""
     config = tmp_path / "run.toml"
