@@ -42,6 +42,7 @@ def losses(folder, name="pre"):
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
+@pytest.mark.slow
 def test_a_cached_run_pays_for_tokens_once_and_a_stale_cache_is_refused(
     small_store, ray_cluster, tmp_path
 ):
@@ -68,6 +69,7 @@ def test_a_weighted_mixture_with_balance_trains(small_store, ray_cluster, tmp_pa
     assert found[-1] < found[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_sees_the_store_as_it_was_when_it_began(ray_cluster, tmp_path):
     uri = make_store(tmp_path, "cells", num_cells=120)
     run = short(uri, tmp_path / "run")

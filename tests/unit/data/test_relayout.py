@@ -320,6 +320,7 @@ def test_a_killed_relayout_goes_on_where_it_was(long, tmp_path):
     assert not staging_of(tmp_path / "store").exists()
 
 
+@pytest.mark.slow
 def test_parts_of_another_state_of_the_source_are_not_taken_over(make_store, tmp_path, write_h5ad):
     source, target = make_store(np.vstack([COUNTS] * 2), GENES), str(tmp_path / "new")
     kill = KILLED.replace("== 10", "== 5")
