@@ -9,6 +9,7 @@ strict validation: strict mode on Python objects would refuse paths and tuples.
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -153,9 +154,20 @@ def _unknown_keys(cls: type[Section], raw: Mapping[str, Any], path: str) -> list
     return problems
 
 
+# What pydantic calls the branches of a key that may be of several types.
+_BRANCH = re.compile(r"constrained-\w+|literal\[.*\]|list\[.*\]|dict\[.*\]|int|float|str|bool|none")
+
+
 def _explain(error: ValidationError) -> list[str]:
     lines = []
+    tried: dict[str, list[str]] = {}  # a key that may be of several types: what each wants
     for item in error.errors():
+        *before, last = item["loc"] or ("",)
+        if before and _BRANCH.fullmatch(str(last)):
+            where = ".".join(map(str, before))
+            wanted = tried.setdefault(f"{where} = {json.dumps(item['input'], default=str)}", [])
+            wanted.append(item["msg"])
+            continue
         where = ".".join(str(part) for part in item["loc"]) or "(whole run)"
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
@@ -165,7 +177,8 @@ def _explain(error: ValidationError) -> list[str]:
         else:
             given = json.dumps(item["input"], default=str)
             lines.append(f"{where} = {given} is not allowed: {message}")
-    return lines
+    alternatives = (f"{key} is not allowed: {'; or: '.join(w)}" for key, w in tried.items())
+    return [*lines, *alternatives]
 
 
 def _with_types(cls: type[S], types: Mapping[str, type[Section]]) -> type[S]:

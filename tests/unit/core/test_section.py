@@ -1,5 +1,7 @@
 """Configuration: strict, frozen, unknown keys named with the nearest allowed one."""
 
+from typing import Literal
+
 import pytest
 from pydantic import Field
 
@@ -131,3 +133,13 @@ def test_broken_toml_names_the_place(tmp_path):
 def test_flatten_and_merge():
     merged = merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}, "d": [1]})
     assert flatten(merged) == {"a.b": 1, "a.c": 3, "d": [1]}
+
+
+def test_a_key_of_several_types_says_what_each_wants():
+    class Several(Section):
+        tokens: int | Literal["auto"] = 0
+
+    told = r"tokens = \"lots\" is not allowed: Input should be a valid integer.*; or: .* 'auto'"
+    with pytest.raises(ConfigError, match=told) as caught:
+        build_section(Several, {"tokens": "lots"})
+    assert "literal" not in str(caught.value)
