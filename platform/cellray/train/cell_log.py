@@ -7,7 +7,6 @@ failure stand there twice; a reader takes what the last process group did.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,8 +33,9 @@ class CellLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._facts = {"rank": rank, "world": world, "session": session}
         file = folder / f"rank-{rank:05d}.jsonl"
+        torn = file.is_file() and not file.read_bytes().endswith(b"\n") and file.stat().st_size
         self._file: TextIO = open(file, "a", encoding="utf-8")
-        if _ends_torn(file):  # by a kill; what follows is a line of its own
+        if torn:  # by a kill; what follows is a line of its own
             self._file.write("\n")
 
     def write(self, step: int, epoch: int, cell_ids: I64, *, taken: bool) -> None:
@@ -43,13 +43,6 @@ class CellLog:
         row = {**self._facts, "step": step, "epoch": epoch, "taken": taken}
         self._file.write(json.dumps({**row, "cells": cell_ids.tolist()}) + "\n")
         self._file.flush()
-
-
-def _ends_torn(file: Path) -> bool:
-    with open(file, "rb") as written:
-        size = written.seek(0, os.SEEK_END)
-        written.seek(max(size - 1, 0))
-        return written.read(1) not in (b"", b"\n")
 
 
 def read_cell_log(run_dir: str | Path) -> dict[int, dict[str, Any]]:

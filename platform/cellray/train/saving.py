@@ -224,8 +224,7 @@ def judged_loss(note: Mapping[str, Any]) -> float:
 def prune(run_dir: str | Path, *, keep_last: int) -> None:
     """Delete all checkpoints but the newest ones and the best by validation loss."""
     there = [n for n in committed(run_dir) if (Path(run_dir) / _FOLDER / str(n["name"])).is_dir()]
-    judged = [note for note in there if math.isfinite(judged_loss(note))]
-    best = [min(judged, key=judged_loss)] if judged else []
+    best = [min(there, key=judged_loss)] if there else []
     kept = {str(note["name"]) for note in [*there[-keep_last:], *best]}
     for note in there:
         if note["name"] not in kept:

@@ -126,12 +126,6 @@ def test_the_newest_and_the_best_are_kept(run_dir):
     assert left == ["step-00000004-s1", "step-00000006-s1"]
 
 
-def test_without_validation_the_newest_alone_are_kept(run_dir):
-    prune(run_dir, keep_last=1)
-    left = [f.name for f in (run_dir / "checkpoints").iterdir()]
-    assert left == ["step-00000006-s1"]
-
-
 def test_a_validation_loss_that_is_no_number_is_never_the_best(run_dir):
     with open(run_dir / "judged.jsonl", "a") as notes:
         for step, loss in ((2, math.nan), (4, 0.3), (6, 0.4)):
