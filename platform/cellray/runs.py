@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cellray.bench.config import DatasetSection, MethodSection, plug_benchmark
 from cellray.core import registry
 from cellray.core.errors import ConfigError, did_you_mean
 from cellray.core.section import (
@@ -173,23 +174,32 @@ class EmbedRun(Run):
 
 
 class BenchmarkRun(Run):
-    """Method x seed on one dataset and one split, beside the baselines.
+    """Method x data set x seed of one task, beside the baselines.
 
     Attributes:
-        task: what is scored and how cells are split.
-        data: the dataset.
-        methods: name of a row -> fine-tuning configuration file, run once per seed.
-        baselines: keys of ``cellray.baselines``.
-        seeds: what "mean and spread" is over.
+        datasets: name -> cells and split. A file with one data set may give ``[data]`` and
+            ``[task]`` instead; beside several these two hold what all share.
+        data: of the file alone: None once the run is validated, see ``datasets``.
+        task: likewise.
+        methods: name of a row -> fine-tuning file (``....toml``), checkpoint, or a table.
+        baselines: keys of ``cellray.baselines``; [] takes those without which the task shows no
+            table.
+        seeds: what "mean and spread" is over: each has validation cells, initial weights and an
+            order of its own.
         overrides: ``section.key=value`` laid over every method's file.
+        concurrent: cells of the table that are worked on at a time.
+        bootstrap_draws: draws of the interval over donors (or batches); 0 makes none.
     """
 
-    task: Section
-    data: DataSection
-    methods: dict[str, str] = {}
-    baselines: list[str] = ["majority", "logistic", "knn"]
+    datasets: dict[str, DatasetSection]
+    data: None = None
+    task: None = None
+    methods: dict[str, MethodSection] = {}
+    baselines: list[str] = []
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     overrides: list[str] = []
+    concurrent: int = Field(default=1, ge=1)
+    bootstrap_draws: int = Field(default=1000, ge=0)
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
@@ -278,7 +288,7 @@ def _plugs(job: str) -> Callable[[dict[str, Any]], dict[str, type[Section]]]:
         "ingest": ingest,
         "pretrain": lambda raw: _plug_model(raw, objective=True),
         "finetune": finetune,
-        "benchmark": _plug_task,
+        "benchmark": lambda raw: plug_benchmark(raw, lambda table: _plug_task(table)["task"]),
     }
     return chosen.get(job, lambda raw: {})
 
