@@ -29,6 +29,7 @@ from cellray.data.config import DataSection
 from cellray.data.synthetic_config import SynthesizeConfig
 from cellray.models.base import family, with_preset
 from cellray.train.config import (
+    AdaptSection,
     BatchSection,
     CheckpointSection,
     EngineSection,
@@ -132,7 +133,9 @@ class FinetuneRun(_TrainingRun):
         init_from: checkpoint to start from; "" trains ``model`` from scratch.
         model: only from scratch: the family's configuration.
         tokenizer: only from scratch; by default the family's.
-        train_backbone: False trains the task's head alone (a probe).
+        init_weights: False keeps architecture, genes and tokenizer of ``init_from`` and draws the
+            weights anew, by the seed: the control of pretraining.
+        adapt: which weights are trained: all, the last layers, low-rank factors, or the head.
         register_as: name in MLflow's model registry; "" registers nothing.
     """
 
@@ -140,7 +143,8 @@ class FinetuneRun(_TrainingRun):
     init_from: str = ""
     model: Section | None = None
     tokenizer: Section | None = None
-    train_backbone: bool = True
+    init_weights: bool = True
+    adapt: AdaptSection = AdaptSection()
     register_as: str = ""
 
     @model_validator(mode="after")
@@ -149,6 +153,11 @@ class FinetuneRun(_TrainingRun):
             raise ValueError(
                 "give either init_from (a checkpoint) or a [model] section to train from scratch, "
                 f"not {'both' if self.init_from else 'neither'}"
+            )
+        if not self.init_weights and not self.init_from:
+            raise ValueError(
+                "init_weights = false needs init_from, the checkpoint whose architecture, genes "
+                "and tokenizer it keeps; a [model] section is trained from drawn weights anyway"
             )
         return self
 
@@ -306,6 +315,13 @@ def build_run(job: str, raw: Mapping[str, Any], *, source: str = "") -> Run:
         ConfigError: an unknown job or key, a wrong type, or a cross-field rule that does not hold.
     """
     check_job(job)
+    if job == "finetune" and "train_backbone" in raw:
+        prefix = f"{source}: " if source else ""
+        raise ConfigError(
+            f"{prefix}'train_backbone' is gone: which weights are trained is said by [adapt]; "
+            'write adapt.mode = "probe" for the head alone (false), and nothing, or '
+            'adapt.mode = "full", for the whole model (true)'
+        )
     return build_section(JOBS[job][0], raw, plugs=_plugs(job), source=source)
 
 
