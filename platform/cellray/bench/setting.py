@@ -21,8 +21,11 @@ from cellray.bench.provenance import provenance
 from cellray.bench.table import ResultRow
 from cellray.core.section import to_dict
 from cellray.data.corpus import dataset_id_of
+from cellray.data.stats import coverage
+from cellray.guards.entry import GuardReport, check_table_data
+from cellray.guards.training import did_it_train
+from cellray.infer.load import LoadedModel
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, asked_cells, task
-from cellray.tasks.guards import GuardReport, check_table_data
 from cellray.train.prepare import Cells, select_cells
 from cellray.train.rundir import RunDirectory
 
@@ -148,6 +151,40 @@ class Setting:
             shape = (len(block), store.num_genes)
             parts.append(sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape))
         return CellCounts(sparse.csr_matrix(sparse.vstack(parts)), self.batches(joinids))
+
+    def label_codes(self, joinids: I64) -> I64:
+        """Codes of the true labels, for controls that are to know the answer."""
+        codes, _ = pd.factorize(self.truth(joinids), sort=True)
+        return np.asarray(codes, dtype=np.int64)
+
+    @property
+    def donor_column(self) -> str:
+        """The obs column whose values are resampled whole for intervals; "" if there is none."""
+        donors = to_dict(self.config).get("donor_columns") or []
+        candidates = [*donors, self.batch_column]
+        return next((c for c in candidates if c and c in self.cells.obs), "")
+
+    @property
+    def num_neighbours(self) -> int:
+        """Training cells that vote, where the task says how many."""
+        return int(to_dict(self.config).get("num_neighbors") or 10)
+
+    def gene_loss(self, model: LoadedModel) -> Mapping[str, Any]:
+        """How many genes and counts of the cells a model knows, as fields of a row."""
+        found = coverage(self.cells.store, model.vocab, joinids=self.cells.joinids)
+        return {
+            "gene_map_id": model.vocab.fingerprint[:16],
+            "genes_in": found.genes_in_store,
+            "genes_matched": found.genes_matched,
+            "umi_fraction_matched": found.count_fraction,
+        }
+
+    def trained_remarks(self, part: Part, train_accuracy: float) -> tuple[str, ...]:
+        """A flag on a model that does no better on its training cells than the majority class."""
+        codes = self.codes(part, part.split.train)
+        majority = float(np.bincount(codes).max() / len(codes))
+        remark = did_it_train(train_accuracy, majority)
+        return (remark,) if remark else ()
 
     @cached_property
     def before(self) -> F32:
