@@ -6,6 +6,8 @@ Layout of a checkpoint folder
     vocab.json.gz        the gene space
     weights.safetensors  the whole model's float32 state dict, whatever engine and ZeRO stage
                          wrote it (older folders have weights.pt)
+    corpus.*             what the weights have seen, see :mod:`cellray.data.corpus`; in exported
+                         models of our own only
     engine/              the optimizer's state, see :mod:`cellray.train.shards`, and for each rank
                          a seal: sizes and checksums of what it wrote; absent from exported models
 """
@@ -28,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from cellray.core.errors import CheckpointError, DataError, did_you_mean
 from cellray.core.section import build_section
+from cellray.data.corpus import bring
 from cellray.data.vocab import Vocab
 from cellray.models.base import BuildContext, CellModel, build_model, family
 
@@ -291,12 +294,20 @@ def model_of(manifest: Manifest, vocab: Vocab) -> CellModel:
     )
 
 
-def export_model(source: Path, target: Path) -> None:
-    """Copy a checkpoint without its engine state; replaces ``target`` at once when complete."""
+def export_model(source: Path, target: Path, *, beside: Iterable[Path] = ()) -> None:
+    """Copy a checkpoint without its engine state; replaces ``target`` at once when complete.
+
+    Args:
+        source: the checkpoint folder.
+        target: the model's folder.
+        beside: further files that go with the model; they may be linked, not copied.
+    """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in MODEL_FILES:
         shutil.copyfile(source / name, partial / name)
+    for file in beside:
+        bring(file, partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
