@@ -127,6 +127,25 @@ def _blocks(store: AnyStore, ascending: I64, say: Say | None) -> Iterator[CellBl
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _sink(counts: npt.NDArray[np.float32], keys: U64) -> None:
+    """Move the root of a heap to its place: at the root is the smallest count, largest key."""
+    at = 0
+    while True:
+        worst = at
+        for child in (2 * at + 1, 2 * at + 2):
+            if child < len(counts) and (
+                counts[child] < counts[worst]
+                or (counts[child] == counts[worst] and keys[child] > keys[worst])
+            ):
+                worst = child
+        if worst == at:
+            return
+        counts[at], counts[worst] = counts[worst], counts[at]
+        keys[at], keys[worst] = keys[worst], keys[at]
+        at = worst
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _top_sums(
     indptr: I64,
     genes: npt.NDArray[np.int32],
@@ -138,26 +157,19 @@ def _top_sums(
     golden, first = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9)
     second = np.uint64(0x94D049BB133111EB)
     out = np.zeros(len(indptr) - 1, dtype=np.uint64)
+    largest, keys = np.zeros(top, dtype=np.float32), np.zeros(top, dtype=np.uint64)
     for i in range(len(out)):
-        begin, end = indptr[i], indptr[i + 1]
-        least, room = np.float32(0), np.uint64(0xFFFFFFFFFFFFFFFF)
-        if end - begin > top:
-            least = np.partition(counts[begin:end], end - begin - top)[end - begin - top]
-            above = 0
-            tied = np.empty(end - begin, dtype=np.uint64)
-            ties = 0
-            for j in range(begin, end):
-                if counts[j] > least:
-                    above += 1
-                elif counts[j] == least:
-                    tied[ties] = gene_hashes[genes[j]]
-                    ties += 1
-            room = np.partition(tied[:ties], top - above - 1)[top - above - 1]
-        total = np.uint64(0)
-        for j in range(begin, end):
+        largest[:] = 0
+        keys[:] = 0
+        for j in range(indptr[i], indptr[i + 1]):
             key = gene_hashes[genes[j]]
-            if counts[j] > least or (counts[j] == least and key <= room):
-                z = key + golden
+            if counts[j] > largest[0] or (counts[j] == largest[0] and key < keys[0]):
+                largest[0], keys[0] = counts[j], key
+                _sink(largest, keys)
+        total = np.uint64(0)
+        for k in range(top):
+            if largest[k] > 0:
+                z = keys[k] + golden
                 z = (z ^ (z >> np.uint64(30))) * first
                 z = (z ^ (z >> np.uint64(27))) * second
                 total += z ^ (z >> np.uint64(31))

@@ -8,6 +8,8 @@ Layout of a checkpoint folder
                          wrote it (older folders have weights.pt); low-rank factors of a run that
                          trains them lie beside the weights they belong to, and are multiplied out
                          into them in exported models
+    corpus.*             what the weights have seen, see :mod:`cellray.data.corpus`; in exported
+                         models of our own only
     engine/              the optimizer's state, see :mod:`cellray.train.shards`, and for each rank
                          a seal: sizes and checksums of what it wrote; absent from exported models
 """
@@ -30,6 +32,7 @@ from safetensors.torch import load_file, save_file
 
 from cellray.core.errors import CheckpointError, DataError, did_you_mean
 from cellray.core.section import build_section
+from cellray.data.corpus import bring
 from cellray.data.vocab import Vocab
 from cellray.models.base import BuildContext, CellModel, build_model, family
 from cellray.nn.lora import has_factors, merge_factors
@@ -296,10 +299,15 @@ def model_of(manifest: Manifest, vocab: Vocab) -> CellModel:
     )
 
 
-def export_model(source: Path, target: Path) -> None:
+def export_model(source: Path, target: Path, *, beside: Iterable[Path] = ()) -> None:
     """Copy a checkpoint without its engine state; replaces ``target`` at once when complete.
 
     Low-rank factors are multiplied out: what is exported is an ordinary model.
+
+    Args:
+        source: the checkpoint folder.
+        target: the model's folder.
+        beside: further files that go with the model; they may be linked, not copied.
     """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -309,6 +317,8 @@ def export_model(source: Path, target: Path) -> None:
             write_tensors(partial / name, merge_factors(read_weights(source)))
         else:
             shutil.copyfile(source / name, partial / name)
+    for file in beside:
+        bring(file, partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
 

@@ -25,6 +25,8 @@ _FREE_KEYS = (
     "checkpoint.",
     "engine.",
     "plan.",
+    "data.allow_gene_loss",
+    "data.corpus_hashes",
     "train.log_every_steps",
     "train.eval_cells",
     "train.log_cells",

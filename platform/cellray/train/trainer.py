@@ -18,6 +18,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cellray.core.errors import CellrayError, CheckpointError, ConfigError, StoppedError
+from cellray.data.corpus import corpus_files
 from cellray.data.pipeline import settle_helpers
 from cellray.train.caching import with_cache
 from cellray.train.checkpoint import export_model, read_manifest, verify
@@ -250,7 +251,7 @@ def fit(
     if stopped:
         raise StoppedError(f"{job.name}: {stopped}")
     folder = _chosen(run, judged=len(job.data.validation) > 0)
-    export_model(folder, run.model)
+    export_model(folder, run.model, beside=corpus_files(run.path))
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if k != "reported"}
     return TrainResult(
         job.name,
