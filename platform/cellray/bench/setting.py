@@ -20,7 +20,7 @@ from cellray.bench.config import DatasetSection
 from cellray.bench.provenance import provenance
 from cellray.bench.table import ResultRow
 from cellray.core.section import to_dict
-from cellray.data.corpus import dataset_id_of
+from cellray.data.dataset_name import SYNTHETIC, is_synthetic
 from cellray.data.stats import coverage
 from cellray.guards.entry import GuardReport, check_table_data
 from cellray.guards.training import did_it_train
@@ -200,7 +200,7 @@ class Setting:
     @cached_property
     def dataset_id(self) -> str:
         """The name a reader knows; made data say so."""
-        return dataset_id_of(self.cells.store, self.name)
+        return f"{SYNTHETIC}{self.name}" if is_synthetic(self.cells.store) else self.name
 
     @cached_property
     def template(self) -> ResultRow:
