@@ -43,7 +43,7 @@ def across(boards: Sequence[pd.DataFrame]) -> pd.DataFrame:
         found = sorted({str(board.attrs.get(key)) for board in boards})
         if len(found) > 1:
             raise DataError(f"tables of several {key}s have no common rank: {', '.join(found)}")
-    names = [board_name(board) for board in boards]
+    names = _names(boards)
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two tables are of {name}; give each data set and split once")
@@ -75,6 +75,15 @@ def across(boards: Sequence[pd.DataFrame]) -> pd.DataFrame:
     summary = pd.DataFrame(records)
     summary.attrs = {"headline": headline, "names": names}
     return summary
+
+
+def _names(boards: Sequence[pd.DataFrame]) -> list[str]:
+    """A name for each, with the start of the split's digest where that tells two apart."""
+    names = [board_name(board) for board in boards]
+    return [
+        f"{name} {str(board.attrs.get('split_sha256', ''))[:8]}" if names.count(name) > 1 else name
+        for name, board in zip(names, boards, strict=True)
+    ]
 
 
 def _ranked(places: dict[str, float]) -> dict[str, float]:

@@ -30,12 +30,24 @@ __all__ = [
     "value_text",
 ]
 
+# What a table shows unless asked: of a task's metrics those that sum it up.
 SHOWN = (
     "accuracy.v1",
     "macro_precision.union.v1",
     "macro_recall.union.v1",
     "macro_f1.union.v1",
     "macro_f1.test.v1",
+    "total_60_40.bio5_batch5.v1",
+    "total_60_40.bio5_batch4.v1",
+    "bio_mean.nmi_ari_asw_isolated_clisi.v1",
+    "batch_mean.bras_ilisi_kbet_connectivity_pcr.v1",
+    "batch_mean.bras_ilisi_kbet_connectivity.v1",
+    "overall.scgpt_leiden.v1",
+    "avg_bio.scgpt_leiden.v1",
+    "avg_batch.scgpt.v1",
+    "overall.scgpt_louvain.paper",
+    "avg_bio.scgpt_louvain.paper",
+    "avg_batch.scgpt.paper",
 )
 Part = Literal["name", "scores", "evidence", "remark", "runs"]
 REPORTED = "reported by others, not measured here"
@@ -71,6 +83,11 @@ class Cell:
     def whole(self) -> str:
         """Text and tail."""
         return self.text + self.tail
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is one, as against a word or a dash."""
+        return any(c.isdigit() for c in self.text) and self.text[:1] in "+-<0123456789"
 
 
 @dataclass(frozen=True)
@@ -171,9 +188,9 @@ def _value(row: pd.Series, metric: str) -> Cell:
     if row["provenance"] == "reported":
         tail = ""
         if not math.isnan(spread):
-            tail, hint = f" ± {spread:.{_PLAIN}f} (sd)", "standard deviation, as printed"
+            tail, hint = f" ± {spread:.{_PLAIN}f}", "standard deviation, as printed"
         elif not math.isnan(half):
-            tail = f" ± {half:.{_PLAIN if half >= 0.001 else _MOST}f} (95 %)"
+            tail = f" ± {half:.{_PLAIN if half >= 0.001 else _MOST}f}"
             hint = "half-width of a 95 % interval, as printed"
         return Cell(f"{mean:.{_PLAIN}f}", tail, hint=hint)
     if math.isnan(spread):
@@ -189,27 +206,21 @@ def _interval(low: float, high: float) -> str:
 
 
 def _aligned(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-    """Pad numbers with figure-wide blanks so that decimal points, and spreads, stand in line."""
+    """Pad numbers with blanks so that decimal points, and spreads, stand in line."""
 
-    def places(text: str) -> int:
-        whole, point, part = text.strip().partition(".")
-        return len(part) + 1 if point and whole.lstrip("+-").replace(",", "").isdigit() else 0
+    def places(cell: Cell) -> int:
+        whole, point, part = cell.text.partition(".")
+        plain = whole.lstrip("+-<").replace(",", "").isdigit()
+        return len(part) + 1 if point and plain else 0
 
-    def padded(texts: list[str]) -> list[str]:
-        most = max((places(text) for text in texts), default=0)
-        return [text + " " * (most - places(text)) if _is_number(text) else text for text in texts]
-
-    heads = padded([cell.text for cell in cells])
-    tails = [cell.tail for cell in cells]
-    width = max((len(tail) for tail in tails), default=0)
+    most = max((places(cell) for cell in cells), default=0)
+    width = max((len(cell.tail) for cell in cells), default=0)
     return tuple(
-        replace(cell, text=head, tail=tail.ljust(width) if _is_number(head) else tail)
-        for cell, head, tail in zip(cells, heads, tails, strict=True)
+        replace(cell, text=cell.text + " " * (most - places(cell)), tail=cell.tail.ljust(width))
+        if cell.is_number
+        else cell
+        for cell in cells
     )
-
-
-def _is_number(text: str) -> bool:
-    return any(c.isdigit() for c in text) and text.strip()[:1] in "+-−0123456789"
 
 
 def _name(row: pd.Series) -> Cell:
@@ -266,7 +277,8 @@ def _amount(value: float) -> str:
     if value == 0:
         return "0"
     places = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:,.{min(places, 5)}f}"
+    text = f"{value:,.{min(places, 5)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _overlap(row: pd.Series) -> Cell:

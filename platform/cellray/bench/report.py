@@ -148,7 +148,11 @@ def _td(column: Column, cell: Cell) -> str:
     hint = f' title="{html.escape(cell.hint)}"' if cell.hint else ""
     text = html.escape(_blank(cell.text))
     text = f"<b>{text}</b>" if cell.bold else text
-    tail = f'<span class="spread">{html.escape(_blank(cell.tail))}</span>' if cell.tail else ""
+    widest = max(len(other.tail.strip()) for other in column.cells)
+    tail = ""
+    if widest and cell.is_number:  # every number of the column ends where the others do
+        inner = html.escape(cell.tail.strip())
+        tail = f'<span class="spread" style="width: {widest + 1}ch">{inner}</span>'
     return f'<td class="{style}"{hint}>{text}{tail}</td>'
 
 
@@ -169,8 +173,7 @@ def _heads(columns: Sequence[Column]) -> str:
 
 def _table(columns: Sequence[Column], num_lines: int, style: str = "") -> str:
     lines = [_tr([_heads(columns)])]
-    for line in range(num_lines):
-        lines.append(_tr([_td(column, column.cells[line]) for column in columns], style))
+    lines += [_tr([_td(c, c.cells[line]) for c in columns], style) for line in range(num_lines)]
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 
 

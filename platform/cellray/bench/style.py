@@ -8,7 +8,7 @@ STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { font: 15px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; color: #1a1a1a;
-       background: #fff; margin: 2.2rem auto 4rem; padding: 0 1.2rem; max-width: 1320px; }
+       background: #fff; margin: 2.2rem auto 4rem; padding: 0 1.2rem; max-width: 1440px; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 0.6rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 0.7rem; padding-top: 0.9rem; border-top: 1px solid #ddd; }
 h3 { font-size: 0.95rem; margin: 1.5rem 0 0.4rem; color: #333; }
@@ -22,11 +22,11 @@ th { font-weight: 600; border-bottom: 2px solid #444; padding: 0.35rem 0.75rem;
      vertical-align: bottom; }
 td { border-bottom: 1px solid #e6e6e6; padding: 0.33rem 0.75rem; vertical-align: top; }
 th.num, td.num { text-align: right; } th.text, td.text { text-align: left; }
-td.num, td.text:first-child { white-space: nowrap; }
+td.num, td.text { white-space: nowrap; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff;
                                  padding-left: 0.3rem; }
 tr:hover td { background: #f5f8fb; }
-.spread { color: #6b6b6b; }
+.spread { color: #6b6b6b; display: inline-block; text-align: left; padding-left: 0.35em; }
 tr.control td { color: #51606e; background: #f7f8f9; }
 tr.reported td { color: #757575; font-style: italic; }
 tr.divider td { color: #757575; padding-top: 1.1rem; border-bottom: 1px solid #bbb; }

@@ -61,6 +61,7 @@ _NAN = float("nan")
 _LEVEL = 0.05
 _SAME = 1e-9
 _COSTS = ("wall_s", "gpu_hours", "cpu_hours", "cells_per_s")
+_SPREADS = {"sd": "a standard deviation", "ci95_half_width": "half a 95 % interval"}
 _NO_DELTA = ("baseline", "control")
 
 
@@ -244,19 +245,22 @@ def _reported_record(
     nothing |= dict.fromkeys((*tests, "rank"), _NAN)
     marks = {f"{name}.best": False for name in metrics}
     scaled = {f"{name}.scaled": _NAN for name in metrics}
-    notes = [*first.remarks, f"another split: {first.split_id}" if other else ""]
+    kinds = {row.reported_spread_kind for row in method.rows} - {""}
+    told = [f"± is {_SPREADS[kind]}, as printed" for kind in sorted(kinds)]
+    notes = [*first.remarks, *told, f"another split: {first.split_id}" if other else ""]
     note = {"note": "; ".join(filter(None, notes))}
     return record | nothing | {"delta.baseline": ""} | marks | scaled | note
 
 
 def _same_cell(measured: Method, reported: Method) -> bool:
-    """Whether both are the same method on the same split, written in whatever way."""
+    """Whether both are the same kind of method on one split, its name written in whatever way."""
 
     def plain(name: str) -> str:
         return "".join(c for c in name.casefold() if c.isalnum())
 
     ours, theirs = measured.rows[0], reported.rows[0]
-    return plain(measured.name) == plain(reported.name) and ours.split_id == theirs.split_id
+    same = (ours.method_family, ours.split_id) == (theirs.method_family, theirs.split_id)
+    return same and plain(measured.name) == plain(reported.name)
 
 
 def _deltas(methods: Sequence[Method], headline: str) -> dict[str, dict[str, Any]]:
