@@ -294,7 +294,7 @@ def _leaks(reference: Reference, query: pd.DataFrame, columns: list[str]) -> lis
 
 def _scores(
     adata: ad.AnnData, answer: pd.DataFrame, run: MapRun, classes: tuple[str, ...]
-) -> dict[str, float]:  # noqa: E501
+) -> dict[str, float]:
     label = _query_label(run)
     if label not in adata.obs:
         return {}
@@ -307,7 +307,7 @@ def _scores(
 
 def _picture(
     run: MapRun, reference: Reference, vectors: F32, labels: pd.Series
-) -> tuple[F32, Path]:  # noqa: E501
+) -> tuple[F32, Path]:
     """UMAP of queries and (at most ``umap_cells`` of the) reference, laid out together."""
     from cellray.bench.umap import plot_umap, umap_embedding
 
