@@ -1,4 +1,4 @@
-"""The ``cellray`` command: seven jobs, submission, whole stores, and looking at what there is."""
+"""The ``cellray`` command: eight jobs, submission, whole stores, and looking at what there is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _JOB_HELP = {
     "finetune": "supervised fine-tuning from a checkpoint, or from scratch",
     "tune": "a Ray Tune sweep of fine-tuning runs",
     "embed": "cell embeddings and a UMAP picture",
+    "map": "labels of query cells from the nearest cells of a reference embedded once",
     "benchmark": "methods x seeds beside the baselines, as an MLflow table",
 }
 
