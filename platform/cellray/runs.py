@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cellray.bench.config import DatasetSection, MethodSection, plug_benchmark
 from cellray.core import registry
 from cellray.core.errors import ConfigError, did_you_mean
 from cellray.core.section import (
@@ -28,6 +29,7 @@ from cellray.data.config import DataSection
 from cellray.data.synthetic_config import SynthesizeConfig
 from cellray.models.base import family, with_preset
 from cellray.train.config import (
+    AdaptSection,
     BatchSection,
     CheckpointSection,
     EngineSection,
@@ -131,7 +133,9 @@ class FinetuneRun(_TrainingRun):
         init_from: checkpoint to start from; "" trains ``model`` from scratch.
         model: only from scratch: the family's configuration.
         tokenizer: only from scratch; by default the family's.
-        train_backbone: False trains the task's head alone (a probe).
+        init_weights: False keeps architecture, genes and tokenizer of ``init_from`` and draws the
+            weights anew, by the seed: the control of pretraining.
+        adapt: which weights are trained: all, the last layers, low-rank factors, or the head.
         register_as: name in MLflow's model registry; "" registers nothing.
     """
 
@@ -139,7 +143,8 @@ class FinetuneRun(_TrainingRun):
     init_from: str = ""
     model: Section | None = None
     tokenizer: Section | None = None
-    train_backbone: bool = True
+    init_weights: bool = True
+    adapt: AdaptSection = AdaptSection()
     register_as: str = ""
 
     @model_validator(mode="after")
@@ -148,6 +153,11 @@ class FinetuneRun(_TrainingRun):
             raise ValueError(
                 "give either init_from (a checkpoint) or a [model] section to train from scratch, "
                 f"not {'both' if self.init_from else 'neither'}"
+            )
+        if not self.init_weights and not self.init_from:
+            raise ValueError(
+                "init_weights = false needs init_from, the checkpoint whose architecture, genes "
+                "and tokenizer it keeps; a [model] section is trained from drawn weights anyway"
             )
         return self
 
@@ -173,23 +183,32 @@ class EmbedRun(Run):
 
 
 class BenchmarkRun(Run):
-    """Method x seed on one dataset and one split, beside the baselines.
+    """Method x data set x seed of one task, beside the baselines.
 
     Attributes:
-        task: what is scored and how cells are split.
-        data: the dataset.
-        methods: name of a row -> fine-tuning configuration file, run once per seed.
-        baselines: keys of ``cellray.baselines``.
-        seeds: what "mean and spread" is over.
+        datasets: name -> cells and split. A file with one data set may give ``[data]`` and
+            ``[task]`` instead; beside several these two hold what all share.
+        data: of the file alone: None once the run is validated, see ``datasets``.
+        task: likewise.
+        methods: name of a row -> fine-tuning file (``....toml``), checkpoint, or a table.
+        baselines: keys of ``cellray.baselines``; [] takes those without which the task shows no
+            table.
+        seeds: what "mean and spread" is over: each has validation cells, initial weights and an
+            order of its own.
         overrides: ``section.key=value`` laid over every method's file.
+        concurrent: cells of the table that are worked on at a time.
+        bootstrap_draws: draws of the interval over donors (or batches); 0 makes none.
     """
 
-    task: Section
-    data: DataSection
-    methods: dict[str, str] = {}
-    baselines: list[str] = ["majority", "logistic", "knn"]
+    datasets: dict[str, DatasetSection]
+    data: None = None
+    task: None = None
+    methods: dict[str, MethodSection] = {}
+    baselines: list[str] = []
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     overrides: list[str] = []
+    concurrent: int = Field(default=1, ge=1)
+    bootstrap_draws: int = Field(default=1000, ge=0)
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
@@ -278,7 +297,7 @@ def _plugs(job: str) -> Callable[[dict[str, Any]], dict[str, type[Section]]]:
         "ingest": ingest,
         "pretrain": lambda raw: _plug_model(raw, objective=True),
         "finetune": finetune,
-        "benchmark": _plug_task,
+        "benchmark": lambda raw: plug_benchmark(raw, lambda table: _plug_task(table)["task"]),
     }
     return chosen.get(job, lambda raw: {})
 
@@ -296,6 +315,13 @@ def build_run(job: str, raw: Mapping[str, Any], *, source: str = "") -> Run:
         ConfigError: an unknown job or key, a wrong type, or a cross-field rule that does not hold.
     """
     check_job(job)
+    if job == "finetune" and "train_backbone" in raw:
+        prefix = f"{source}: " if source else ""
+        raise ConfigError(
+            f"{prefix}'train_backbone' is gone: which weights are trained is said by [adapt]; "
+            'write adapt.mode = "probe" for the head alone (false), and nothing, or '
+            'adapt.mode = "full", for the whole model (true)'
+        )
     return build_section(JOBS[job][0], raw, plugs=_plugs(job), source=source)
 
 

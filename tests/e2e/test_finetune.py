@@ -225,7 +225,7 @@ def test_a_sweep_finds_the_better_learning_rate_and_writes_it(pretrained, small_
     sweep = {
         "name": "sweep",
         "base": str(base),
-        "search": {"optim.lr": [1e-6, 1e-2], "train_backbone": [True]},
+        "search": {"optim.lr": [1e-6, 1e-2], "adapt.mode": ["full"]},
         "trials": 4,
         "seed": 4,
         "checkpoint": {"dir": str(tmp_path / "runs")},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from cellray.infer.embed import embed_cells
 from cellray.infer.load import LoadedModel, load
 from cellray.models.base import CellClassifier, GeneClassifier, ModelConfig, begin
 from cellray.tasks.base import Split, Targets, Task, task
+from cellray.train.adapt import PARAMETERS_FILE
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 from cellray.train.job import TrainJob, check_job
 from cellray.train.prepare import (
@@ -41,6 +43,7 @@ __all__ = [
     "FinetuneResult",
     "Finetuning",
     "finetune",
+    "predict_cells",
     "predict_labels",
     "prepare_finetune",
     "score_test",
@@ -48,6 +51,9 @@ __all__ = [
 
 Say = Callable[[str], None]
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+_TRAIN_SAMPLE = 1024
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,28 @@ class FinetuneResult:
         trained: run directory, model, MLflow run.
         test: versioned metric id -> value on the test cells; empty if they were not looked at.
         registered: MLflow URI of the registered model, "" if none.
+        train_accuracy: of the exported model on a seeded sample of at most 1,024 training cells:
+            one that did not learn these did not train.
+        params: ``n_params_total``, ``n_params_trainable`` and ``n_params_nonembedding``, see
+            :func:`cellray.train.adapt.count_parameters`; {} for a run of an older version.
     """
 
     trained: TrainResult
     test: Mapping[str, float]
     registered: str = ""
+    train_accuracy: float = math.nan
+    params: Mapping[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """What the command line prints."""
         told = [f"model: {self.trained.model_dir}"]
+        if self.params:
+            told.append(
+                f"parameters: {self.params['n_params_trainable']:,} trained of "
+                f"{self.params['n_params_total']:,}"
+            )
+        if not math.isnan(self.train_accuracy):
+            told.append(f"accuracy on training cells (a sample): {self.train_accuracy:.4f}")
         told += [f"test {name}: {value:.4f}" for name, value in self.test.items()]
         return told + ([f"registered: {self.registered}"] if self.registered else [])
 
@@ -102,7 +121,7 @@ def _start(
                 "[tokenizer] is for training from scratch; with init_from the checkpoint's own "
                 "tokenizer is used: leave the section out"
             )
-        return manifest, vocab, weights
+        return manifest, vocab, weights if run.init_weights else None
     assert run.model is not None
     assert run.tokenizer is not None
     model, tokenizer = to_dict(run.model), to_dict(run.tokenizer)
@@ -184,7 +203,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         scale=run.scale,
         checkpoint=run.checkpoint,
         weights=weights,
-        train_backbone=run.train_backbone,
+        adapt=run.adapt,
         device=device,
     )
     check_job(job)
@@ -211,12 +230,41 @@ def _check_needs(unit: Task, manifest: Manifest, vocab: Vocab) -> None:
         )
 
 
-def predict_labels(model: LoadedModel, prepared: Finetuning, joinids: I64) -> npt.NDArray[Any]:
-    """Predicted class names of cells of the prepared store, (N,) in their order."""
+def predict_cells(
+    model: LoadedModel, prepared: Finetuning, joinids: I64
+) -> tuple[npt.NDArray[Any], F32]:
+    """Predicted class names of cells of the prepared store and the probability of each.
+
+    Nothing is refused here: every cell gets its best class.
+
+    Args:
+        model: the fine-tuned model.
+        prepared: whose store the cells are of.
+        joinids: (N,) of the cells.
+
+    Returns:
+        (N,) names and (N,) float32 probabilities, in the cells' order.
+    """
+    if not len(joinids):
+        return np.empty(0, dtype=object), np.empty(0, dtype=np.float32)
     source = replace(prepared.job.data.source, tokenizer=model.manifest.tokenizer)
     probabilities = embed_cells(model, source, joinids, classify=True)
     names = np.asarray(model.manifest.classes, dtype=object)
-    return np.asarray(names[probabilities.argmax(axis=1)])
+    return np.asarray(names[probabilities.argmax(axis=1)]), probabilities.max(axis=1)
+
+
+def predict_labels(model: LoadedModel, prepared: Finetuning, joinids: I64) -> npt.NDArray[Any]:
+    """Predicted class names of cells of the prepared store, (N,) in their order."""
+    return predict_cells(model, prepared, joinids)[0]
+
+
+def accuracy_on_training(model: LoadedModel, prepared: Finetuning) -> float:
+    """Share of right labels among at most 1,024 training cells, drawn by the run's seed."""
+    every = prepared.split.train
+    rng = np.random.default_rng(prepared.job.seed)
+    chosen = np.sort(rng.choice(every, size=min(len(every), _TRAIN_SAMPLE), replace=False))
+    labels, _ = predict_cells(model, prepared, chosen)
+    return float(np.mean(labels == truth_labels(prepared, chosen)))
 
 
 def truth_labels(prepared: Finetuning, joinids: I64) -> npt.NDArray[Any]:
@@ -276,16 +324,22 @@ def finetune(
         tags=tags,
         extra_callbacks=extra_callbacks,
     )
+    model = load(trained.model_dir)
+    params = RunDirectory.at(trained.run_dir).read(PARAMETERS_FILE)
+    labelled = bool(model.manifest.classes)
+    train_accuracy = accuracy_on_training(model, prepared) if labelled else math.nan
     test: dict[str, float] = {}
-    if look_at_test:
-        test, _, _ = score_test(load(trained.model_dir), prepared)
+    if look_at_test and labelled:
+        test, _, _ = score_test(model, prepared)
     registered = ""
     if trained.mlflow_run_id:
         tracker = Tracker(uri, trained.mlflow_run_id)
-        if test:
-            tracker.metrics({f"test/{k}": v for k, v in test.items()}, step=trained.step)
+        tracker.params(params)
+        after = {"train/accuracy_after": train_accuracy} if labelled else {}
+        after |= {f"test/{name}": value for name, value in test.items()}
+        tracker.metrics(after, step=trained.step)
         if run.register_as:
             from cellray.infer.predict import register
 
             registered = register(tracker, trained.model_dir, name=run.register_as)
-    return FinetuneResult(trained, test, registered)
+    return FinetuneResult(trained, test, registered, train_accuracy, params)

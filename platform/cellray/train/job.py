@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from cellray.data.tokens import make_tokenizer
 from cellray.models.base import CellModel
 from cellray.nn.performer import RedrawSchedule
 from cellray.objectives.base import Objective
+from cellray.train.adapt import check_adapt
 from cellray.train.checkpoint import Manifest, model_of
 from cellray.train.config import (
+    AdaptSection,
     BatchSection,
     CheckpointSection,
     EngineSection,
@@ -40,7 +42,7 @@ class TrainJob:
         steps: last step of the run.
         weights: what a fresh run starts with (name -> tensor), None to start anew; they travel
             with the job, so that workers need not see the driver's disk.
-        train_backbone: False trains the classifier alone.
+        adapt: which weights a model with a classifier trains.
         device: ``cpu`` or ``cuda``.
         run_dir: the run's directory, on a disk that all workers see.
     """
@@ -57,7 +59,7 @@ class TrainJob:
     scale: ScaleSection
     checkpoint: CheckpointSection
     weights: Mapping[str, torch.Tensor] | None = None
-    train_backbone: bool = True
+    adapt: AdaptSection = field(default_factory=AdaptSection)
     device: str = "cpu"
     run_dir: str = ""
 
@@ -108,7 +110,8 @@ def check_job(job: TrainJob) -> None:
     """Build on the driver, without memory, what every worker will build.
 
     Raises:
-        CellrayError: tokenizer, objective, model or starting weights do not fit each other.
+        CellrayError: tokenizer, objective, model, starting weights or what is to be trained do
+            not fit each other.
     """
     vocab = job.data.source.vocab
     build_objective(job.manifest.objective, vocab)
@@ -119,3 +122,4 @@ def check_job(job: TrainJob) -> None:
         model = model_of(job.manifest, vocab)
     if job.weights is not None:
         fitting_weights(model, job.weights)
+    check_adapt(model, job.adapt)

@@ -70,6 +70,11 @@ class RunDirectory:
         self.model = self.path / "model"
         self.progress = self.path / "metrics.jsonl"
 
+    @classmethod
+    def at(cls, path: str | Path) -> RunDirectory:
+        """The run directory that a path names."""
+        return cls(str(Path(path).parent), Path(path).name)
+
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; {} if it is not there."""
         file = self.path / name

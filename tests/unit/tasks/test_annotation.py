@@ -37,7 +37,7 @@ def split_of(obs: pd.DataFrame, *, seed: int = 0, **settings: object) -> Split:
 
 
 def test_the_unit_is_found_and_complete() -> None:
-    assert registry.names("cellray.tasks") == ["annotation"]
+    assert "annotation" in registry.names("cellray.tasks")
     assert task("annotation") is TASK
     assert TASK.needs == (EmbedsCells,)
     assert TASK.headline == "macro_f1.union.v1"
