@@ -21,9 +21,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ __all__ = [
     "READ_AT_MOST",
     "Corpus",
     "Overlap",
+    "Selection",
     "Stage",
     "bring",
     "corpus_files",
@@ -99,6 +100,12 @@ class Corpus:
     complete: bool
     folder: Path
 
+    @property
+    def id(self) -> str:
+        """Each stage's run with the start of its file of hashes, oldest first."""
+        named = [f"{s.run}:{s.hashes.split('.')[1][:8] if s.hashes else '?'}" for s in self.stages]
+        return "+".join(named if self.complete else ["unknown", *named])
+
     def lines(self) -> list[str]:
         """What ``cellray show`` says, a line a stage."""
         told = []
@@ -119,17 +126,19 @@ class Overlap:
     Attributes:
         flag: ``full`` if every cell was seen; ``partial`` if some were, or if cells of the same
             data set were; ``none``; ``unknown`` if nothing was found and something is not known.
-        fraction: share of the cells whose content hash was seen, 0..1; NaN if unknown.
+        fraction: share of the cells whose content hash was seen, 0..1; None if unknown.
         by_dataset: shared dataset id -> how many of the N cells are of it.
         num_cells: N.
         remark: what the flag rests on, for people.
+        corpus_id: names what the weights have seen, "unknown" if nobody knows.
     """
 
     flag: Flag
-    fraction: float
+    fraction: float | None
     by_dataset: Mapping[str, int]
     num_cells: int
     remark: str
+    corpus_id: str = "unknown"
 
 
 def read_corpus(path: str | Path) -> Corpus | None:
@@ -313,7 +322,18 @@ def _counts(
     return datasets, donors
 
 
-def overlap(model: str | Path, store: AnyStore, joinids: I64, *, say: Say | None = None) -> Overlap:
+class Selection(Protocol):
+    """Cells of a store."""
+
+    @property
+    def store(self) -> AnyStore:
+        """Where they are."""
+        ...
+
+
+def overlap(
+    model: str | Path, cells: Selection, joinids: I64, *, say: Say | None = None
+) -> Overlap:
     """Whether cells are among those that a model's weights have seen.
 
     By content hash, which knows a cell again in any store that kept all genes it has counts of;
@@ -322,29 +342,29 @@ def overlap(model: str | Path, store: AnyStore, joinids: I64, *, say: Say | None
 
     Args:
         model: an exported model, a run directory, or a checkpoint within one.
-        store: where the cells are.
+        cells: a selection; only its store is looked at.
         joinids: (N,) the cells, e.g. the test cells.
         say: receives progress where counts are read.
 
     Raises:
         CheckpointError: the model's record is torn.
     """
-    corpus, num = read_corpus(model), len(joinids)
+    corpus, num, store = read_corpus(model), len(joinids), cells.store
     if corpus is None:
-        return Overlap("unknown", np.nan, {}, num, "nothing beside the model says what it has seen")
+        return Overlap("unknown", None, {}, num, "nothing beside the model says what it has seen")
     stores = store.stores if isinstance(store, JoinedStore) else (store,)
     here, _ = _counts(stores, joinids)
     theirs = {name for stage in corpus.stages for name in stage.datasets}
     shared = {name: count for name, count in here.items() if name in theirs}
     hashed = [stage for stage in corpus.stages if stage.hashes]
-    fraction = np.nan
+    fraction = None
     if hashed and num:
         seen = _seen(corpus, hashed, content_hashes(store, joinids, say=say))
         fraction = float(seen.mean())
     known = corpus.complete and (
         len(hashed) == len(corpus.stages) or _all_named(corpus, sum(here.values()), num)
     )
-    return _judged(fraction, shared, num, known=known)
+    return replace(_judged(fraction, shared, num, known=known), corpus_id=corpus.id)
 
 
 def _seen(corpus: Corpus, stages: list[Stage], hashes: U64) -> npt.NDArray[np.bool_]:
@@ -363,11 +383,11 @@ def _all_named(corpus: Corpus, named: int, num: int) -> bool:
     return named == num and all(sum(s.datasets.values()) == s.num_cells for s in corpus.stages)
 
 
-def _judged(fraction: float, shared: Mapping[str, int], num: int, *, known: bool) -> Overlap:
+def _judged(fraction: float | None, shared: Mapping[str, int], num: int, *, known: bool) -> Overlap:
     listed = ", ".join(list(shared)[:4])
     if fraction == 1.0:
         return Overlap("full", fraction, shared, num, "the model has seen every one of these cells")
-    if fraction > 0:
+    if fraction:
         remark = f"the model has seen {fraction:.1%} of these cells"
         return Overlap("partial", fraction, shared, num, remark)
     if shared:
@@ -380,6 +400,6 @@ def _judged(fraction: float, shared: Mapping[str, int], num: int, *, known: bool
         return Overlap("partial", fraction, shared, num, remark)
     if not known:
         remark = "none of these cells is met, but not all that the model has seen is known"
-        return Overlap("unknown", np.nan, shared, num, remark)
+        return Overlap("unknown", None, shared, num, remark)
     basis = "counts and dataset ids" if fraction == 0 else "dataset ids"
     return Overlap("none", 0.0, shared, num, f"no cell and no data set in common, by {basis}")

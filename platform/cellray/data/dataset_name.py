@@ -22,17 +22,23 @@ def is_synthetic(store: AnyStore) -> bool:
     return any(str(entry.get("file", "")).startswith(_MADE) for entry in store.ledger)
 
 
-def dataset_id_of(store: AnyStore) -> str:
+def dataset_id_of(store: AnyStore, name: str = "") -> str:
     """The name of a data set in tables.
 
-    The dataset id of a store that was ingested as one data set, else the last part of its address;
-    several stores are joined by "+". Made-up cells are ``synthetic/<name>``.
+    What it is given; else the dataset id of a store that was ingested as one data set, else the
+    last part of its address; several stores are joined by "+". Made-up cells are
+    ``synthetic/<name>``.
+
+    Args:
+        store: where the cells are.
+        name: what the data set is called; "" finds a name.
     """
+    found = (name or _name_of(store)).removeprefix(SYNTHETIC)
+    return f"{SYNTHETIC}{found}" if is_synthetic(store) else found
+
+
+def _name_of(store: AnyStore) -> str:
     if isinstance(store, JoinedStore):
-        names = [dataset_id_of(one).removeprefix(SYNTHETIC) for one in store.stores]
-        name = "+".join(names)
-    else:
-        found = {str(entry.get("dataset_id", "")) for entry in store.ledger}
-        name = found.pop() if len(found) == 1 else ""
-        name = name or PurePosixPath(store.uri.rstrip("/")).name
-    return f"{SYNTHETIC}{name}" if is_synthetic(store) else name
+        return "+".join(_name_of(one) for one in store.stores)
+    ids = {str(entry.get("dataset_id", "")) for entry in store.ledger}
+    return (ids.pop() if len(ids) == 1 else "") or PurePosixPath(store.uri.rstrip("/")).name

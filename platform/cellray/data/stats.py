@@ -32,7 +32,7 @@ I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
 TARGET_SUM = 10_000.0  # Geneformer's size factor (doi:10.1038/s41586-023-06139-9)
-MIN_COUNT_FRACTION = 0.60  # below this share of matched counts the user is warned
+MIN_COUNT_FRACTION = 0.60  # a smaller share of matched counts is refused or warned of
 UNSEEN_MEDIAN = 1.0
 
 
@@ -218,18 +218,19 @@ def _spread(num_cells: int, max_cells: int, run: int = 64) -> I64:
     return np.unique(starts[:, None] + np.arange(run))
 
 
-def check_coverage(covered: VocabCoverage, vocab: Vocab) -> list[str]:
+def check_coverage(covered: VocabCoverage, vocab: Vocab, *, refuse: bool = False) -> list[str]:
     """Refuse a vocabulary that shares no gene with the data; warn if it loses many counts.
 
     Args:
         covered: from :func:`coverage`.
         vocab: the vocabulary.
+        refuse: refuse it also if it loses many counts.
 
     Returns:
         Warnings, each a sentence; none if at least 60 % of the counts are covered.
 
     Raises:
-        DataError: no gene in common.
+        DataError: no gene in common; with ``refuse``, less than 60 % of the counts covered.
     """
     if covered.genes_matched == 0 or covered.count_fraction == 0.0:
         raise DataError(
@@ -242,9 +243,16 @@ def check_coverage(covered: VocabCoverage, vocab: Vocab) -> list[str]:
         )
     if covered.count_fraction >= MIN_COUNT_FRACTION:
         return []
-    return [
+    told = (
         f"the vocabulary covers only {covered.count_fraction:.1%} of the counts "
         f"({covered.genes_matched:,} of {covered.genes_in_store:,} genes; "
         f"{covered.cells_sampled:,} cells looked at): "
         f"{1 - covered.count_fraction:.1%} are lost to the model"
-    ]
+    )
+    if refuse:
+        raise DataError(
+            f"{told}. At least {MIN_COUNT_FRACTION:.0%} are asked for: ingest the store with the "
+            "right ingest.organism, so that symbols and versions of ids are mapped, choose a model "
+            "of these genes, or set data.allow_gene_loss = true"
+        )
+    return [told]

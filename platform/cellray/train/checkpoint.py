@@ -84,6 +84,7 @@ class Manifest:
         refuse_below: a cell whose best class has a lower probability is not annotated; None takes
             the family's own cutoff.
         code_version: cellray's version and git commit.
+        chosen_genes: the gene space is a choice of variable genes, here or in a run before.
     """
 
     family: str
@@ -104,7 +105,16 @@ class Manifest:
     metrics: Mapping[str, float] = field(default_factory=dict)
     refuse_below: float | None = None
     code_version: str = ""
+    chosen_genes: bool = False
     format: str = FORMAT
+
+    @property
+    def genes_chosen(self) -> bool:
+        """Whether the genes are a choice of variable ones, so that others are left out on purpose.
+
+        Manifests of older versions say so in their configuration alone.
+        """
+        return self.chosen_genes or bool(self.run.get("data", {}).get("vocab_genes"))
 
     def at(
         self,

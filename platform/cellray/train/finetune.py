@@ -16,6 +16,7 @@ from cellray.core.section import build_section, flatten, to_dict
 from cellray.data.config import DataSection
 from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
+from cellray.guards.entry import guard_split
 from cellray.infer.embed import embed_cells
 from cellray.infer.load import LoadedModel, load
 from cellray.models.base import CellClassifier, GeneClassifier, ModelConfig, begin
@@ -135,6 +136,7 @@ def _start(
         objective={},
         vocab_fingerprint=vocab.fingerprint,
         data_fingerprint="",
+        chosen_genes=run.data.vocab_genes > 0,
     )
     return empty, vocab, start
 
@@ -158,6 +160,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     section, categories = _covariates(run)
     cells = select_cells(section, lambda known: unit.columns(run.task, known))
     split = unit.split(cells.keyed(), run.task, seed=run.seed)
+    split = guard_split(cells, split, run.task, covariates=section.covariates).split  # type: ignore[arg-type]
     targets = unit.fit(cells.obs, run.task, split)
     source, vocab, weights = _start(run, cells, split.train)
     tokenizer = source.tokenizer
@@ -174,6 +177,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         categories=categories,
         extra_codes={"label": np.where(seen, targets.codes, -1)},
         genes_chosen=_genes_chosen(run, source),
+        refuse_loss=bool(run.init_from) and not source.genes_chosen,
     )
     data = replace(data, warnings=[*data.warnings, *split.warnings])
     manifest = replace(
@@ -188,6 +192,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         metrics={},
         run=to_dict(run),
         code_version=" ".join(code_version().values()),
+        chosen_genes=source.genes_chosen,
     )
     _check_needs(unit, manifest, vocab)
     job = TrainJob(
@@ -214,8 +219,7 @@ def _genes_chosen(run: FinetuneRun, source: Manifest) -> bool:
     """Whether the vocabulary is a choice of variable genes made on this very store."""
     if not run.init_from:
         return run.data.vocab_genes > 0
-    before = source.run.get("data", {})
-    return bool(before.get("vocab_genes")) and before.get("uri") == run.data.uri
+    return source.genes_chosen and source.run.get("data", {}).get("uri") == run.data.uri
 
 
 def _check_needs(unit: Task, manifest: Manifest, vocab: Vocab) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import anndata as ad
@@ -18,14 +19,13 @@ from cellray.data.corpus import (
     CORPUS,
     bring,
     corpus_files,
-    overlap,
     read_corpus,
     record_corpus,
 )
 from cellray.data.dataset_name import dataset_id_of, is_synthetic
 from cellray.data.ingest import IngestConfig, ingest
 from cellray.data.soma import Store, open_store
-from cellray.data.stores import join_stores
+from cellray.data.stores import AnyStore, join_stores
 from helpers_cells import known_cells
 
 
@@ -56,6 +56,15 @@ def stores(tmp_path_factory) -> dict[str, Store]:
         "cut": stored(folder, "cut", cells[:, :40].copy(), "study"),
         "other": stored(folder, "other", other, "another"),
     }
+
+
+@dataclass
+class Cells:
+    store: AnyStore
+
+
+def overlap(model, store: AnyStore, joinids) -> corpus.Overlap:
+    return corpus.overlap(model, Cells(store), joinids)
 
 
 def ids(store: Store) -> np.ndarray:
@@ -220,7 +229,8 @@ def test_without_a_record_nobody_knows(stores, tmp_path):
     assert corpus_files(tmp_path) == []
     found = overlap(tmp_path, stores["plain"], np.arange(5))
     assert found.flag == "unknown"
-    assert np.isnan(found.fraction)
+    assert found.fraction is None
+    assert found.corpus_id == "unknown"
     assert "nothing beside the model says" in found.remark
 
 
@@ -229,7 +239,8 @@ def test_without_hashes_the_names_of_data_sets_decide(stores, tmp_path):
     assert read_corpus(folder).stages[0].hashes == ""
     same = overlap(folder, stores["plain"], np.arange(9))
     assert same.flag == "partial"
-    assert np.isnan(same.fraction)
+    assert same.fraction is None
+    assert same.corpus_id == "base:?"
     assert "whether the same ones is not known" in same.remark
     other = overlap(folder, stores["other"], np.arange(9))
     assert (other.flag, other.remark) == (
@@ -265,6 +276,7 @@ def test_a_model_keeps_what_its_start_has_seen(stores, tmp_path):
     found = read_corpus(tuned)
     assert [(s.kind, s.num_cells) for s in found.stages] == [("pretrain", 240), ("finetune", 100)]
     assert found.complete
+    assert re.fullmatch(r"base:[0-9a-f]{8}\+tuned:[0-9a-f]{8}", found.id)
     first = found.stages[0].hashes
     assert os.path.samefile(tuned / first, base / first)  # a link: no bytes
     assert overlap(tuned, stores["plain"], np.arange(5)).flag == "full"
@@ -277,6 +289,7 @@ def test_what_starts_from_unknown_weights_stays_unknown(stores, tmp_path):
     folder = noted(tmp_path / "run", stores["plain"], np.arange(9), before=str(tmp_path / "theirs"))
     found = read_corpus(folder)
     assert not found.complete
+    assert found.id.startswith("unknown+base:")
     assert found.lines()[0] == "seen before: unknown (weights of others)"
     assert overlap(folder, stores["plain"], np.arange(9)).flag == "full"
     other = overlap(folder, stores["other"], np.arange(9))
@@ -324,4 +337,5 @@ def test_a_torn_record_says_so(stores, tmp_path):
 def test_names_of_data_sets(stores):
     assert dataset_id_of(stores["plain"]) == "study"
     assert dataset_id_of(join_stores([stores["plain"], stores["other"]])) == "study+another"
+    assert dataset_id_of(stores["plain"], "pancreas") == "pancreas"
     assert not is_synthetic(stores["plain"])

@@ -67,6 +67,8 @@ def uri(folder) -> str:
 def test_made_cells_say_so_in_tables(uri):
     assert is_synthetic(open_store(uri))
     assert dataset_id_of(open_store(uri)) == "synthetic/one"
+    assert dataset_id_of(open_store(uri), "made") == "synthetic/made"
+    assert dataset_id_of(open_store(uri), "synthetic/made") == "synthetic/made"
 
 
 def content(uri: str) -> tuple[str, pd.DataFrame, pd.DataFrame]:
