@@ -15,6 +15,7 @@ from cellray.core.section import Section
 from cellray.data.split import hash_unit
 from cellray.metrics.classification import score_annotation
 from cellray.models.base import EmbedsCells
+from cellray.tasks._refusal import RefuseSection
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, check_columns, ids_sha256
 
 __all__ = ["TASK", "AnnotationConfig", "AnnotationSplit", "annotation_split", "annotation_targets"]
@@ -69,12 +70,14 @@ class AnnotationConfig(TaskConfig):
         split: how cells are divided.
         donor_columns: obs columns that would make better units than single cells: a split by
             cell is flagged if one of them is there.
+        refuse: which cells are left without a label.
     """
 
     name: str = "annotation"
     ignore_labels: list[str] = ["", "nan", "NA", "unknown"]
     split: AnnotationSplit
     donor_columns: list[str] = ["donor_id", "donor", "patient", "individual", "subject"]
+    refuse: RefuseSection = RefuseSection()
 
 
 def _check_named(config: AnnotationConfig, available: Sequence[str]) -> None:
