@@ -35,7 +35,7 @@ def batch_names(cells: CellCounts, name: str) -> list[str]:
     Raises:
         DataError: there are fewer than two.
     """
-    if cells.batches is None or len(np.unique(cells.batches)) < 2:  # noqa: PLR2004
+    if cells.batches is None or len(np.unique(cells.batches)) < 2:
         raise DataError(
             f"baseline '{name}' corrects batches and the cells are of one; name the obs column of "
             "the batches in task.batch, or leave the baseline out"

@@ -71,6 +71,11 @@ class CellCounts:
     def __len__(self) -> int:
         return int(self.counts.shape[0])
 
+    def rows(self, where: I64) -> CellCounts:
+        """Some of the cells, in that order."""
+        batches = None if self.batches is None else self.batches[where]
+        return CellCounts(sparse.csr_matrix(self.counts[where]), batches)
+
     def only(self, genes: I64) -> CellCounts:
         """The same cells over some of the genes: (K,) positions."""
         return CellCounts(sparse.csr_matrix(self.counts[:, genes]), self.batches)

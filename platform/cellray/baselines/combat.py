@@ -1,4 +1,4 @@
-"""ComBat (Johnson et al. 2007, doi:10.1093/biostatistics/kxj037) on variable genes, then components.
+"""ComBat (Johnson et al. 2007, doi:10.1093/biostatistics/kxj037) on variable genes and components.
 
 scanpy's implementation is called; it comes with the reader of TileDB-SOMA.
 """

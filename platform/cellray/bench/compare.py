@@ -129,6 +129,9 @@ def _find(source: str, mlflow_uri: str) -> list[Found]:
         if tracked.is_file():
             known = json.loads(tracked.read_text(encoding="utf-8"))
             return _tracked(known["uri"], known["run_id"], folder)
+        inner = [f for f in sorted(folder.iterdir()) if (f / "results").is_dir()]
+        if inner and not (folder / "results").is_dir():  # a benchmark: a folder a data set
+            return [one for each in inner for one in _find(str(each), mlflow_uri)]
         return _kept(folder)
     if not mlflow_uri:
         raise ConfigError(

@@ -10,17 +10,18 @@ from pathlib import Path
 import pandas as pd
 
 from cellray.bench.entries import Entry, compulsory_of, run_directory
+from cellray.bench.facts import facts_of
 from cellray.bench.pictures import pictures_of
 from cellray.bench.record import kept_answer, read_rows
 from cellray.bench.render import render_markdown, render_terminal
-from cellray.bench.reported import reported_rows
+from cellray.bench.report import Board, page
+from cellray.bench.reported import reported, reported_for
 from cellray.bench.setting import Setting
 from cellray.bench.table import ResultRow, control_scaled, leaderboard, to_frame
+from cellray.guards.answers import identical_methods
 from cellray.train.tracking import Tracker
 
-__all__ = ["Table", "conclude"]
-
-_LIKE = 0.999  # a share of equal answers above which two methods are one method
+__all__ = ["Table", "conclude", "write_page"]
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,9 @@ def _twins(setting: Setting, entries: Sequence[Entry]) -> list[str]:
         answer = kept_answer(setting, entry, setting.first)
         if answer is not None and answer.labels is not None:
             answers[entry.name] = answer.labels
-    names = list(answers)
     return [
-        f"{one} and {two} give the same label to {(answers[one] == answers[two]).mean():.1%} of "
-        "the test cells"
-        for i, one in enumerate(names)
-        for two in names[i + 1 :]
-        if (answers[one] == answers[two]).mean() > _LIKE
+        f"{one} and {two} give the same label to {share:.1%} of the test cells"
+        for one, two, share in identical_methods(answers)
     ]
 
 
@@ -82,16 +79,14 @@ def conclude(setting: Setting, entries: Sequence[Entry]) -> Table:
             order.
     """
     measured = control_scaled(read_rows(setting, entries))
-    rows = measured + reported_rows(setting.unit.name, setting.dataset_id)
-    board = leaderboard(
-        rows, headline=setting.unit.headline, compulsory=compulsory_of(setting)
-    )
+    rows = measured + reported_for(setting.unit.name, setting.dataset_id)
+    board = leaderboard(rows, headline=setting.unit.headline, compulsory=compulsory_of(setting))
     text = f"{setting.unit.name}, {setting.dataset_id}\n{render_terminal(board)}"
     warnings = (*setting.guards.warnings, *_twins(setting, entries))
     folder = setting.directory
     pictures = pictures_of(setting, entries, board)
     titles = {path.name: title for title, path in pictures.items()}
-    named = folder / "pictures" / "pictures.json"
+    named = folder / "report" / "pictures.json"
     named.write_text(json.dumps(titles, indent=1))
     (folder / "leaderboard.md").write_text(render_markdown(board) + "\n")
     board.to_csv(folder / "leaderboard.csv", index=False)
@@ -105,3 +100,21 @@ def conclude(setting: Setting, entries: Sequence[Entry]) -> Table:
             tracker.artifact(path, "report")
     models = _models(setting, entries)
     return Table(setting, rows, board, text, pictures, models, warnings)
+
+
+def write_page(name: str, tables: Sequence[Table], path: Path) -> Path:
+    """All tables of a benchmark as one self-contained page."""
+    boards = [
+        Board(
+            table=table.board,
+            title=f"{table.setting.unit.name}: {table.setting.dataset_id}",
+            facts=facts_of([row for row in table.rows if row.provenance == "measured"]),
+            pictures=table.pictures,
+            warnings=table.warnings,
+        )
+        for table in tables
+    ]
+    shown = {table.setting.dataset_id for table in tables}
+    tasks = {table.setting.unit.name for table in tables}
+    others = [r for r in reported().rows if r.task in tasks and r.dataset_id not in shown]
+    return page(path, boards, title=name, reference=others)

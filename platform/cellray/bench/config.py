@@ -70,6 +70,8 @@ class DatasetSection(Section):
         methods: rows that this set alone has, or has otherwise; as in the benchmark's own.
         overrides: ``section.key=value`` laid over every method's file for this set.
         license: as stated by its source; shown.
+        split_id: the split's published name (``scgpt_v1``), under which reported values stand
+            beside measured ones; "" takes what is held out.
     """
 
     data: DataSection
@@ -77,6 +79,7 @@ class DatasetSection(Section):
     methods: dict[str, MethodSection] = {}
     overrides: list[str] = []
     license: str = ""
+    split_id: str = ""
 
 
 def method_section(run: BenchmarkRun, dataset: str, name: str) -> MethodSection:
@@ -145,5 +148,3 @@ def plug_benchmark(
         task=(next(iter(types.values())), ...),
     )
     return {"datasets": dict[str, concrete]}
-
-

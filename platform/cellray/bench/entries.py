@@ -1,4 +1,4 @@
-"""The entries of a benchmark's table: baselines, methods, and the controls that methods bring along."""
+"""The entries of a table: baselines, methods, and the controls that methods bring along."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cellray.train.tracking import tracking_uri
 if TYPE_CHECKING:
     from cellray.runs import BenchmarkRun, FinetuneRun
 
-__all__ = ["Entry", "compulsory_of", "finetune_run", "entries_of"]
+__all__ = ["Entry", "compulsory_of", "entries_of", "finetune_run"]
 
 Kind = Literal["baseline", "finetune", "frozen", "random"]
 
@@ -29,13 +29,14 @@ class Entry:
     """One line of a table.
 
     Attributes:
-        name: shown.
+        name: shown; a negative or positive control ends in ``.negative`` or ``.positive``.
         kind: how it comes to its answers: a baseline, a fine-tuning run, a frozen checkpoint, or a
             frozen body with random weights.
         family: what kind of method a reader takes it for.
         base: the method whose control it is, "" for others.
         method: the section that says which model; None for baselines.
         scratch: a fine-tuning run that starts from drawn weights.
+        unit: key of the baseline.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Entry:
     base: str = ""
     method: MethodSection | None = None
     scratch: bool = False
+    unit: str = ""
 
 
 def _applies(unit: BaselineUnit, setting: Setting) -> bool:
@@ -54,25 +56,45 @@ def _applies(unit: BaselineUnit, setting: Setting) -> bool:
     return batches is not None and len(set(batches.tolist())) > 1
 
 
-def compulsory_of(setting: Setting) -> list[str]:
-    """The baselines without which this data set's table is not shown."""
+def _shown_as(unit: BaselineUnit) -> str:
+    return f"{unit.name}.{unit.control}" if unit.control else unit.name
+
+
+def _needed(setting: Setting) -> list[str]:
+    """Keys of the baselines that this data set's table cannot do without."""
     return [name for name in setting.unit.compulsory if _applies(baseline(name), setting)]
+
+
+def compulsory_of(setting: Setting) -> list[str]:
+    """The rows without which this data set's table is not shown, by name."""
+    return [_shown_as(baseline(name)) for name in _needed(setting)]
+
+
+def _check_answers(unit: Task, found: BaselineUnit) -> None:
+    """A baseline must be able to answer: with labels, or, by an embedding, a probe or the truth."""
+    gives_labels = found.fit is not None or found.embed is not None or found.answer is not None
+    if unit.answers == "labels" and not gives_labels:
+        raise ConfigError(
+            f"baseline '{found.name}' gives no labels, which task '{unit.name}' asks for; leave it "
+            "out of baselines"
+        )
 
 
 def _baselines(setting: Setting) -> list[Entry]:
     asked = setting.run.baselines or list(setting.unit.compulsory)
-    absent = [name for name in compulsory_of(setting) if name not in asked]
+    absent = [name for name in _needed(setting) if name not in asked]
     if absent:
         raise ConfigError(
             f"baselines = {asked} lacks {', '.join(absent)}; a table of task "
-            f"'{setting.unit.name}' is not shown without {', '.join(compulsory_of(setting))}"
+            f"'{setting.unit.name}' is not shown without {', '.join(_needed(setting))}"
         )
     rows = []
     for name in asked:
         unit = baseline(name)
         if _applies(unit, setting):
             check_available(unit)
-            rows.append(Entry(unit.name if ":" in name else name, "baseline", unit.family))
+            _check_answers(setting.unit, unit)
+            rows.append(Entry(_shown_as(unit), "baseline", unit.family, unit=name))
     return rows
 
 

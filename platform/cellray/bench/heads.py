@@ -16,10 +16,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cellray.baselines._features import one_thread
-from cellray.baselines.base import Labelled
-from cellray.baselines.knn import vote
+from cellray.baselines.base import Labelled, vote_of_nearest
 from cellray.baselines.logistic import inner_folds
-from cellray.infer.neighbour_index import NeighbourIndex
 
 __all__ = ["HEAD_TRIALS", "logistic_head", "neighbour_head"]
 
@@ -46,7 +44,7 @@ def _strength(points: F32, labels: I64, seed: int) -> float:
         guessed = np.empty(len(labels), dtype=np.int64)
         for held_out in range(_FOLDS):
             inside = fold != held_out
-            if len(np.unique(labels[inside])) < 2:  # noqa: PLR2004
+            if len(np.unique(labels[inside])) < 2:
                 guessed[~inside] = labels[inside][0]
                 continue
             fitted = _model(strength).fit(points[inside], labels[inside])
@@ -78,7 +76,5 @@ def logistic_head(points: F32, labels: I64, asked: F32, *, seed: int) -> Labelle
 
 def neighbour_head(points: F32, labels: I64, asked: F32, *, k: int) -> Labelled:
     """The vote of the ``k`` nearest training cells (L2), confidence their share."""
-    index = NeighbourIndex.build(points)
-    _, rows = index.search(asked, min(k, len(points)))
-    codes, confidence = vote(labels[rows])
+    codes, confidence = vote_of_nearest(points, labels, asked, k)
     return Labelled(codes=codes, confidence=confidence, embedding=asked)

@@ -17,7 +17,8 @@ from cellray.bench.setting import Setting
 from cellray.bench.umap import plot_umap, umap_embedding
 from cellray.bench.work import answering_model
 from cellray.infer.embed import embed_cells, token_source
-from cellray.infer.pictures import plot_coverage
+from cellray.infer.pictures import plot_curves
+from cellray.metrics.refusal import coverage_curve
 from cellray.tasks.base import Split
 
 __all__ = ["pictures_of", "split_names"]
@@ -45,9 +46,7 @@ def _ranked(board: pd.DataFrame, entries: Sequence[Entry], families: Sequence[st
     return [entry for entry in found if entry.family in families]
 
 
-def _confusions(
-    setting: Setting, shown: Sequence[Entry], folder: Path
-) -> dict[str, Path]:
+def _confusions(setting: Setting, shown: Sequence[Entry], folder: Path) -> dict[str, Path]:
     """The confusion matrix of each entry's first seed."""
     found = {}
     for entry in shown[:_MOST_PICTURES]:
@@ -73,12 +72,12 @@ def _coverage(setting: Setting, shown: Sequence[Entry], folder: Path) -> dict[st
     for entry in shown[:_MOST_PICTURES]:
         answer = kept_answer(setting, entry, setting.first)
         if answer is not None and answer.labels is not None and answer.confidence is not None:
-            correct = answer.labels == setting.truth(answer.joinids)
-            curves[entry.name] = (answer.confidence, correct)
+            truth = setting.truth(answer.joinids)
+            curves[entry.name] = coverage_curve(truth, answer.labels, answer.confidence)
     if not curves:
         return {}
     path = folder / "coverage.png"
-    plot_coverage(curves, path=path, title=f"{setting.name}: refusing the least sure cells")
+    plot_curves(curves, path=path, title=f"{setting.name}: refusing the least sure cells")
     return {"Accuracy of the cells that are not refused": path}
 
 
@@ -108,9 +107,7 @@ def _draw(
     return path
 
 
-def _embedding_umaps(
-    setting: Setting, shown: Sequence[Entry], folder: Path
-) -> dict[str, Path]:
+def _embedding_umaps(setting: Setting, shown: Sequence[Entry], folder: Path) -> dict[str, Path]:
     """One picture an entry: its embedding by label and by batch."""
     found = {}
     for entry in shown[:_MOST_PICTURES]:
@@ -154,11 +151,9 @@ def _model_umap(setting: Setting, entry: Entry, folder: Path) -> dict[str, Path]
     return {f"UMAP: cell embedding of {entry.name}": path}
 
 
-def pictures_of(
-    setting: Setting, entries: Sequence[Entry], board: pd.DataFrame
-) -> dict[str, Path]:
+def pictures_of(setting: Setting, entries: Sequence[Entry], board: pd.DataFrame) -> dict[str, Path]:
     """Draw a data set's pictures into its directory; title -> PNG."""
-    folder = setting.directory / "pictures"
+    folder = setting.directory / "report"
     folder.mkdir(parents=True, exist_ok=True)
     shown = _ranked(board, entries, _SHOWN)
     if setting.unit.answers == "embedding":

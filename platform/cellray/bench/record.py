@@ -18,16 +18,16 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from cellray.bench.children import rows_of_children
 from cellray.bench.entries import Entry
+from cellray.bench.rows import ResultRow, Status, failed_rows, row_from, rows_of
 from cellray.bench.setting import Part, Setting
-from cellray.bench.table import ResultRow, failed_rows, row_from, rows_of
 from cellray.bench.work import Answer, Outcome
 from cellray.core.errors import DataError
 from cellray.core.section import flatten
-from cellray.metrics.base import all_metrics
+from cellray.guards.answers import check_predictions, near_constant
 from cellray.metrics.bootstrap import MATRIX_SCORES, bootstrap_units
 from cellray.metrics.refusal import score_refusal
-from cellray.guards.answers import check_predictions
 from cellray.train.tracking import Tracker
 
 __all__ = ["kept_answer", "kept_file", "read_rows", "record", "record_failure"]
@@ -57,11 +57,14 @@ def _keep_answer(setting: Setting, entry: Entry, seed: int, answer: Answer) -> t
         frame = pd.DataFrame(columns)
         _written(file.with_suffix(".csv"), lambda path: frame.to_csv(path, index=False))
         file = file.with_suffix(".csv")
-    else:
-        assert answer.embedding is not None
+    elif answer.embedding is not None:
         vectors = answer.embedding
         _written(file.with_suffix(".npy"), lambda path: np.save(path, vectors))
         file = file.with_suffix(".npy")
+    else:
+        scores = json.dumps(dict(answer.probed or {}))
+        _written(file.with_suffix(".probe"), lambda path: path.write_text(scores))
+        file = file.with_suffix(".probe")
     return file, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
@@ -89,7 +92,7 @@ def _unit_intervals(
     if not draws or not column or answer.labels is None:
         return {}
     units = setting.column(column, answer.joinids)
-    if len(set(units)) < 2:  # noqa: PLR2004
+    if len(set(units)) < 2:
         return {}
     ends = {}
     for name in MATRIX_SCORES:
@@ -102,6 +105,8 @@ def _unit_intervals(
 def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
     """Every metric of an answer; this is where the truth is opened."""
     unit = setting.unit
+    if answer.probed is not None:
+        return dict(answer.probed)
     if unit.answers == "embedding":
         assert unit.score_embedding is not None
         assert answer.embedding is not None
@@ -119,6 +124,15 @@ def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
     return scores | _unit_intervals(setting, part, answer, truth)
 
 
+def _constant(setting: Setting, answer: Answer) -> list[str]:
+    """A remark on a method that says the same of all cells."""
+    given = answer.embedding if answer.labels is None else answer.labels
+    assert given is not None
+    truth = None if answer.labels is None else setting.truth(answer.joinids)
+    remark = near_constant(given, truth)
+    return [remark] if remark else []
+
+
 def _finite(scores: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:
     """The values that are numbers, and a remark on those that are not: shown, never 0."""
     good = {name: value for name, value in scores.items() if np.isfinite(value)}
@@ -133,10 +147,14 @@ def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list
         DataError: an answer that cannot be scored: missing labels, vectors that are no numbers.
     """
     answer = outcome.answer
-    check_predictions(answer.labels, answer.confidence, answer.embedding, len(answer.joinids))
+    remarks = list(outcome.remarks)
+    if answer.probed is None:
+        num = len(answer.joinids)
+        check_predictions(answer.labels, answer.confidence, answer.embedding, num)
+        remarks += _constant(setting, answer)
     file, digest = _keep_answer(setting, entry, part.seed, answer)
     scores, lost = _finite(_scores(setting, part, answer))
-    if setting.unit.headline not in scores:
+    if answer.probed is None and setting.unit.headline not in scores:
         raise DataError(f"{setting.unit.headline} of '{entry.name}' is not a number")
     template = replace(
         outcome.row,
@@ -144,7 +162,7 @@ def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list
         predictions_sha256=digest,
         predictions_uri=str(file.relative_to(setting.directory.parent)),
         config_sha256=hashlib.sha256(outcome.row.params_json.encode()).hexdigest(),
-        remarks=[*outcome.remarks, *lost],
+        remarks=(*remarks, *lost),
     )
     child = _child(setting, entry, part.seed, outcome.child_run_id)
     if child is not None:
@@ -161,7 +179,7 @@ def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list
 
 
 def record_failure(
-    setting: Setting, part: Part, entry: Entry, error: str, *, status: str = "failed"
+    setting: Setting, part: Part, entry: Entry, error: str, *, status: Status = "failed"
 ) -> list[ResultRow]:
     """Keep and log that a cell of the table failed: it is shown as failed, never as zero."""
     template = replace(
@@ -173,15 +191,14 @@ def record_failure(
         seed_scope="failed",
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    rows = failed_rows(template, error, status=status)  # type: ignore[arg-type]
+    rows = failed_rows(template, error, status=status)
     begun = setting.directory / f"{entry.name}-seed{part.seed}" / "mlflow.json"
     known = json.loads(begun.read_text())["run_id"] if begun.is_file() else ""
     child = _child(setting, entry, part.seed, known)
     if child is not None:
         rows = [replace(row, run_id=child.run_id) for row in rows]
-        _log(child, replace(template, run_id=child.run_id), {}, {})
+        _log(child, rows[0], {}, {})
         child.tag("cellray.error", error[:2000])
-        child.tag("cellray.status", status)
         child.end("FAILED")
     text = json.dumps([asdict(row) for row in rows])
     file = kept_file(setting, entry, part.seed).with_suffix(".failed")
@@ -214,34 +231,20 @@ def _log(
 
 
 def read_rows(setting: Setting, entries: Sequence[Entry]) -> list[ResultRow]:
-    """The long table of a data set: from the parent's children alone, or from kept files without
-    tracking. A cell that was tried several times counts once, as it ended last."""
-    wanted = [(entry, seed) for entry in entries for seed in setting.run.seeds]
-    if setting.parent is None:
-        rows: list[ResultRow] = []
-        for entry, seed in wanted:
+    """The long table of a data set: from the parent's children alone; kept files without tracking.
+
+    A cell that was tried several times counts once, as it ended last.
+    """
+    if setting.parent is not None:
+        parent = Tracker(setting.parent.uri, setting.parent.run_id)
+        names = {entry.name for entry in entries}
+        rows = rows_of_children(parent.children())
+        return [row for row in rows if row.method in names and row.seed in setting.run.seeds]
+    found: list[ResultRow] = []
+    for entry in entries:
+        for seed in setting.run.seeds:
             file = kept_file(setting, entry, seed)
             file = file if file.is_file() else file.with_suffix(".failed")
             if file.is_file():
-                rows += [row_from(row) for row in json.loads(file.read_text())]
-        return rows
-    newest: dict[tuple[str, int], Any] = {}
-    for child in Tracker(setting.parent.uri, setting.parent.run_id).children():
-        if "cellray.row" in child.data.tags:
-            row = json.loads(child.data.tags["cellray.row"])
-            newest.setdefault((row["method"], row["seed"]), (row, child))
-    found = (newest.get((entry.name, seed)) for entry, seed in wanted)
-    return [row for pair in found if pair for row in rows_of_child(*pair)]
-
-
-def rows_of_child(row: dict[str, Any], child: Any) -> list[ResultRow]:
-    """The rows that an MLflow child holds: its tag gives the fields, its metrics the values."""
-    tags = child.data.tags
-    template = replace(row_from(row), run_id=child.info.run_id)
-    if "cellray.error" in tags:
-        return failed_rows(
-            template, tags["cellray.error"], status=tags.get("cellray.status", "failed")
-        )
-    known = all_metrics()
-    scores = {k: v for k, v in child.data.metrics.items() if k.partition("/")[0] in known}
-    return rows_of(template, scores)
+                found += [row_from(row) for row in json.loads(file.read_text())]
+    return found

@@ -22,7 +22,7 @@ from cellray.bench.table import ResultRow
 from cellray.core.section import to_dict
 from cellray.data.dataset_name import SYNTHETIC, is_synthetic
 from cellray.data.stats import coverage
-from cellray.guards.entry import GuardReport, check_table_data
+from cellray.guards.entry import GuardReport, check_table_data, guard_split
 from cellray.guards.training import did_it_train
 from cellray.infer.load import LoadedModel
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, asked_cells, task
@@ -108,6 +108,7 @@ class Setting:
         """The split of a seed; only the validation cells depend on it."""
         if seed not in self._parts:
             split = self.unit.split(self.cells.keyed(), self.config, seed=seed)
+            split = guard_split(self.cells, split, self.config).split
             targets = self.unit.fit(self.cells.obs, self.config, split)
             self._parts[seed] = Part(seed, split, targets, asked_cells(self.unit, split))
         return self._parts[seed]
@@ -183,7 +184,8 @@ class Setting:
         """A flag on a model that does no better on its training cells than the majority class."""
         codes = self.codes(part, part.split.train)
         majority = float(np.bincount(codes).max() / len(codes))
-        remark = did_it_train(train_accuracy, majority)
+        sampled = min(len(codes), 1024)
+        remark = did_it_train(train_accuracy, majority, num_cells=sampled)
         return (remark,) if remark else ()
 
     @cached_property
@@ -215,7 +217,7 @@ class Setting:
             method_family="baseline",
             status="skipped",
             dataset_sha256=self.cells.store.fingerprint(self.cells.joinids),
-            split_id=split.unit,
+            split_id=self.section.split_id or split.unit,
             split_sha256=split.split_sha256,
             split_unit=split.unit,
             n_cells=len(self.cells.joinids),

@@ -13,15 +13,15 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import ray
 
-from cellray.bench.conclude import Table, conclude
+from cellray.bench.conclude import Table, conclude, write_page
 from cellray.bench.entries import Entry, compulsory_of, entries_of, finetune_run
 from cellray.bench.record import kept_file, record, record_failure
+from cellray.bench.rows import Status
 from cellray.bench.setting import Parent, Setting, open_setting
 from cellray.bench.work import answer_of
 from cellray.core.errors import CellrayError, ConfigError
@@ -211,12 +211,11 @@ def _work(raw: Mapping[str, Any], work: Work, parent: Parent | None, here: str) 
         try:
             rows = record(setting, part, work.entry, answer_of(setting, part, work.entry))
         except (CellrayError, RuntimeError, OSError, ValueError, ArithmeticError) as error:
-            status = "oom" if isinstance(error, MemoryError) else "failed"
-            record_failure(setting, part, work.entry, _short(error), status=status)
+            record_failure(setting, part, work.entry, _short(error))
             told.append(f"{cell}: failed: {_short(error)}")
             continue
-        headline = next(r for r in rows if r.metric_id == setting.unit.headline)
-        told.append(f"{cell}: {metric(headline.metric_id).title} {headline.value:.4f}")
+        shown = next((r for r in rows if r.metric_id == setting.unit.headline), rows[0])
+        told.append(f"{cell}: {metric(shown.metric_id).title} {shown.value:.4f}")
     return told
 
 
@@ -239,7 +238,8 @@ class _Queue:
     def run(self, works: Sequence[Work], settings: Mapping[str, Setting]) -> None:
         """Do all work; a process that dies is a cell that failed."""
         total, done, started = sum(len(w.seeds) for w in works), 0, time.monotonic()
-        waiting, running = list(works), {}
+        waiting = list(works)
+        running: dict[Any, Work] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < self._run.concurrent:
@@ -264,12 +264,11 @@ class _Queue:
             told: list[str] = ray.get(task)
             return told
         except ray.exceptions.RayError as error:
-            kind = isinstance(error, ray.exceptions.OutOfMemoryError)
+            how: Status = "oom" if isinstance(error, ray.exceptions.OutOfMemoryError) else "failed"
             text = _short(error)
             undone = [s for s in work.seeds if not kept_file(setting, work.entry, s).is_file()]
             for seed in undone:
-                status = "oom" if kind else "failed"
-                record_failure(setting, setting.part(seed), work.entry, text, status=status)
+                record_failure(setting, setting.part(seed), work.entry, text, status=how)
             return [f"{work.entry.name} on {work.dataset}: failed: {text}"]
 
 
@@ -330,8 +329,6 @@ def _start_ray(
 
 def _result(run: BenchmarkRun, tables: Sequence[Table], uri: str) -> BenchmarkResult:
     """Write the page over all data sets, and log it to each parent."""
-    from cellray.bench.conclude import write_page
-
     page = write_page(run.name, tables, _directory(run).path / "report.html")
     for table in tables:
         if table.setting.parent is not None:
@@ -341,17 +338,10 @@ def _result(run: BenchmarkRun, tables: Sequence[Table], uri: str) -> BenchmarkRe
         tables={t.setting.name: t.board for t in tables},
         text="\n\n".join(t.text for t in tables),
         report_path=str(page),
-        pictures={
-            t.setting.name: {k: str(v) for k, v in t.pictures.items()} for t in tables
-        },
+        pictures={t.setting.name: {k: str(v) for k, v in t.pictures.items()} for t in tables},
         models={t.setting.name: t.models for t in tables},
         open_command=open_command(uri) if run.tracking.enabled else "",
         mlflow_run_ids={
             t.setting.name: t.setting.parent.run_id for t in tables if t.setting.parent
         },
     )
-
-
-def run_folder(run: BenchmarkRun) -> Path:
-    """Where a benchmark's results lie."""
-    return _directory(run).path

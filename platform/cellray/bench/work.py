@@ -18,16 +18,23 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cellray.baselines.base import Labelled, annotate_with, baseline, embed_with, trials_of
+from cellray.baselines.base import (
+    BaselineUnit,
+    Labelled,
+    annotate_with,
+    baseline,
+    embed_with,
+)
 from cellray.bench.entries import Entry, finetune_run, run_directory
 from cellray.bench.heads import HEAD_TRIALS, logistic_head, neighbour_head
 from cellray.bench.setting import Part, Setting
 from cellray.bench.table import ResultRow
 from cellray.core.section import to_dict
-from cellray.data.corpus import overlap
+from cellray.data.corpus import Overlap, overlap
+from cellray.data.vocab import Vocab
 from cellray.infer.embed import embed_cells, token_source
 from cellray.infer.load import LoadedModel, load
-from cellray.data.vocab import Vocab
+from cellray.metrics.probe import probe_folds, probe_labels, scored_rows
 from cellray.train.checkpoint import Manifest, model_of
 from cellray.train.config import ScaleSection
 from cellray.train.finetune import finetune, predict_cells, prepare_finetune
@@ -47,12 +54,16 @@ class Answer:
         labels: (N,) class names, or None.
         confidence: (N,) float64 in 0..1, or None.
         embedding: (N, D) float32, or None.
+
+    Attributes:
+        probed: scores of a method that has no embedding in a table of embeddings.
     """
 
     joinids: I64
     labels: npt.NDArray[Any] | None = None
     confidence: npt.NDArray[np.float64] | None = None
     embedding: F32 | None = None
+    probed: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,29 +97,44 @@ def _scope(setting: Setting, part: Part, own: str) -> str:
     """What a seed changes, in words; "" only where it changes nothing at all."""
     parts = [own]
     if setting.unit.answers == "embedding":
-        parts.append("clustering")
+        parts.append("clustering of the scores")
     elif len(part.split.validation):
         parts.append("validation cells")
     return ", ".join(p for p in parts if p)
 
 
+def _probed(setting: Setting, part: Part, unit: BaselineUnit, config: Any) -> dict[str, float]:
+    """A baseline of labels in a table of embeddings: by the folds that probe each embedding."""
+    labels = setting.truth(part.asked)
+    rows = scored_rows(labels)
+    cells, folds = setting.counts(part.asked[rows]), probe_folds(labels[rows])
+    names, codes = np.unique(labels[rows].astype(str), return_inverse=True)
+
+    def predict(inside: I64, outside: I64) -> npt.NDArray[Any]:
+        train = cells.rows(inside)
+        found = annotate_with(unit, config, train, codes[inside], cells.rows(outside), part.seed)
+        return np.asarray(names[found.codes])
+
+    return probe_labels(folds, predict) | folds.counts
+
+
 def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
-    unit = baseline(entry.name)
-    config = unit.config(name=entry.name)
+    unit = baseline(entry.unit)
+    config = unit.config(name=unit.name)
     started = time.perf_counter()
-    if setting.unit.answers == "embedding":
+    if setting.unit.answers == "embedding" and unit.embed is None and unit.tell is None:
+        answer = Answer(part.asked, probed=_probed(setting, part, unit, config))
+    elif setting.unit.answers == "embedding":
         joinids = part.asked
         cells = setting.counts(joinids)
-        labels = setting.label_codes(joinids) if unit.needs_labels else None
+        labels = setting.label_codes(joinids) if unit.tell is not None else None
         embedding = embed_with(unit, config, cells, part.seed, labels=labels)
         answer = Answer(joinids, embedding=embedding)
     else:
         joinids = part.split.test
         train, query = setting.counts(part.split.train), setting.counts(joinids)
         codes = setting.codes(part, part.split.train)
-        answer = _named(
-            part, annotate_with(unit, config, train, codes, query, part.seed), joinids
-        )
+        answer = _named(part, annotate_with(unit, config, train, codes, query, part.seed), joinids)
     seconds = time.perf_counter() - started
     row = replace(
         setting.template,
@@ -117,7 +143,7 @@ def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
         seed=part.seed,
         seed_scope=_scope(setting, part, unit.seed_scope),
         params_json=json.dumps(to_dict(config)),
-        tuning_budget=trials_of(config),
+        tuning_budget=unit.trials(config),
         overlap_flag="none",
         wall_s=seconds,
         cpu_hours=seconds / 3600,
@@ -204,8 +230,19 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     )
 
 
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(values)
+
+
+def _overlap_fields(seen: Overlap | None) -> dict[str, Any]:
+    """What a row says of pretraining: nothing was seen where there was none."""
+    if seen is None:
+        return {"overlap_flag": "none"}
+    return {"overlap_flag": seen.flag, "overlap_fraction": seen.fraction}
+
+
 def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -> ResultRow:
-    """The fields that say which model answered, how well it knows the genes and what it has seen."""
+    """The fields that say which model answered, which genes it knows and what it has seen."""
     assert entry.method is not None
     random = entry.kind == "random"
     seen = None if random or entry.scratch else overlap(model.path, setting.cells, part.asked)
@@ -225,9 +262,7 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
         init="random_frozen" if random else "pretrained",
         checkpoint_id="" if random else entry.method.model,
         checkpoint_sha256="" if random else weights_sha256(model.path),
-        pretrain_corpus_id=seen.corpus_id if seen else "",
-        overlap_flag=seen.flag if seen else "none",
-        overlap_fraction=seen.fraction if seen else None,
+        **_overlap_fields(seen),
         n_params_total=total,
         n_params_trainable=0,
         tuning_budget=max(entry.method.tuning_budget, HEAD_TRIALS if head == "logistic" else 1),
@@ -238,9 +273,7 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
 
 def _reserved(scale: ScaleSection) -> float:
     """CPUs that a fine-tuning run keeps for itself."""
-    return scale.workers * (
-        scale.cpus_per_worker + scale.tokenizer_actors * scale.cpus_per_actor
-    )
+    return scale.workers * (scale.cpus_per_worker + scale.tokenizer_actors * scale.cpus_per_actor)
 
 
 def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
@@ -249,13 +282,11 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
     started = time.perf_counter()
     prepared = prepare_finetune(run)
     parent = setting.parent.run_id if setting.parent else None
-    result = finetune(
-        run, lambda line: None, parent=parent, prepared=prepared, look_at_test=False
-    )
+    result = finetune(run, lambda line: None, parent=parent, prepared=prepared, look_at_test=False)
     model = load(result.trained.model_dir)
     if setting.unit.answers == "labels":
         labels, confidence = predict_cells(model, prepared, part.split.test)
-        answer = Answer(part.split.test, labels, confidence)
+        answer = Answer(part.split.test, labels, confidence.astype(np.float64))
     else:
         source, _ = token_source(model, prepared.cells)
         answer = Answer(part.asked, embedding=embed_cells(model, source, part.asked))
@@ -273,9 +304,7 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         init="scratch" if entry.scratch else "pretrained",
         checkpoint_id=init,
         checkpoint_sha256=weights_sha256(init) if init else "",
-        pretrain_corpus_id=seen.corpus_id if seen else "",
-        overlap_flag=seen.flag if seen else "none",
-        overlap_fraction=seen.fraction if seen else None,
+        **_overlap_fields(seen),
         params_json=json.dumps(to_dict(run)),
         tuning_budget=entry.method.tuning_budget,
         world_size=run.scale.workers,
@@ -288,8 +317,7 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         wall_s=seconds,
         cells_per_s=result.trained.metrics.get("cells_per_s"),
         mfu_real=result.trained.metrics.get("mfu"),
-        **result.params,
-        **setting.gene_loss(model),
+        **_fields({**result.params, **setting.gene_loss(model)}),
     )
     remarks = setting.trained_remarks(part, result.train_accuracy)
     return Outcome(

@@ -154,7 +154,9 @@ def test_knn_takes_all_cells_if_there_are_fewer_than_its_neighbours() -> None:
     unit, config = unit_and_config("knn")
     predictor = unit.fit(config, counts, labels, 0)
     majority = np.bincount(labels).max()
-    assert set(predictor.label(counts).codes) <= set(np.flatnonzero(np.bincount(labels) == majority))
+    assert set(predictor.label(counts).codes) <= set(
+        np.flatnonzero(np.bincount(labels) == majority)
+    )
 
 
 def test_inner_folds_share_every_class_and_follow_the_seed() -> None:

@@ -7,6 +7,7 @@ import warnings
 import anndata as ad
 import numpy as np
 import pytest
+from cells_for_baselines import made_cells
 from scipy import sparse
 from sklearn.decomposition import PCA
 
@@ -19,7 +20,6 @@ from cellray.baselines.base import (
 )
 from cellray.core.errors import ConfigError, DataError
 from cellray.metrics.integration import score_integration
-from cells_for_baselines import made_cells
 
 INDUCTIVE = ["pca", "hvg", "random_projection"]
 CORRECTING = ["harmony", "combat"]
@@ -159,7 +159,9 @@ def scores_of(name, cellmix):
     told = labels if unit.tell is not None else None
     embedding = embed_with(unit, config, cells, 0, labels=told)
     before = embed_with(*config_of("pca"), cells, 0)
-    return score_integration(embedding, labels.astype(str), cells.batches.astype(str), before=before)
+    return score_integration(
+        embedding, labels.astype(str), cells.batches.astype(str), before=before
+    )
 
 
 def test_controls_frame_what_corrects_batches_on_real_cells(cellmix):
