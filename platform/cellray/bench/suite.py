@@ -222,10 +222,12 @@ def _work(raw: Mapping[str, Any], work: Work, parent: Parent | None, here: str) 
 class _Queue:
     """Units of work as Ray tasks, a few at a time, with what is said of each."""
 
-    def __init__(self, run: BenchmarkRun, parents: Mapping[str, Parent | None], say: Say) -> None:
+    def __init__(
+        self, run: BenchmarkRun, parents: Mapping[str, Parent | None], say: Say, at_a_time: int
+    ) -> None:
         raw = {k: v for k, v in to_dict(run).items() if v is not None}
         self._raw = ray.put(raw)
-        self._run, self._parents, self._say = run, parents, say
+        self._at_a_time, self._parents, self._say = at_a_time, parents, say
         self._task = ray.remote(_work)
 
     def _submit(self, work: Work) -> Any:
@@ -242,7 +244,7 @@ class _Queue:
         running: dict[Any, Work] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < self._run.concurrent:
+                while waiting and len(running) < self._at_a_time:
                     work = waiting.pop(0)
                     running[self._submit(work)] = work
                 (ended,), _ = ray.wait(list(running), num_returns=1)
@@ -302,9 +304,11 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
     status = "FAILED"
     try:
         if works:
-            _start_ray(run, settings, entries)
+            at_a_time = _start_ray(run, settings, entries)
+            if at_a_time < run.concurrent:
+                say(f"the cluster has room for {at_a_time} of concurrent = {run.concurrent}")
             with kept_interrupt():
-                _Queue(run, parents, say).run(works, settings)
+                _Queue(run, parents, say, at_a_time).run(works, settings)
         tables = [conclude(s, entries[name]) for name, s in settings.items()]
         result = _result(run, tables, uri)
         status = "FINISHED"
@@ -320,11 +324,19 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
 
 def _start_ray(
     run: BenchmarkRun, settings: Mapping[str, Setting], entries: Mapping[str, Sequence[Entry]]
-) -> None:
-    """A cluster on which the largest cells of the tables fit side by side."""
+) -> int:
+    """A cluster for the largest cells of the tables; how many of them fit side by side.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
     scales = [scale for name, s in settings.items() for scale in _scales(s, entries[name])]
     largest = max(scales, key=cpus_needed, default=None)
-    ensure_ray(largest, extra_cpus=run.concurrent * 1.0, times=run.concurrent)
+    if not ray.is_initialized():
+        ensure_ray(largest, extra_cpus=run.concurrent * 1.0, times=run.concurrent)
+    ensure_ray(largest, extra_cpus=1.0)
+    each = 1.0 + (cpus_needed(largest) if largest else 0.0)
+    return max(1, min(run.concurrent, int(ray.cluster_resources().get("CPU", 1) // each)))
 
 
 def _result(run: BenchmarkRun, tables: Sequence[Table], uri: str) -> BenchmarkResult:
