@@ -1,4 +1,4 @@
-"""The ``cellray`` command: seven jobs, submission, whole stores, and looking at what there is."""
+"""The ``cellray`` command: eight jobs, submission, whole stores, and looking at what there is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _JOB_HELP = {
     "finetune": "supervised fine-tuning from a checkpoint, or from scratch",
     "tune": "a Ray Tune sweep of fine-tuning runs",
     "embed": "cell embeddings and a UMAP picture",
+    "map": "labels of query cells from the nearest cells of a reference embedded once",
     "benchmark": "methods x seeds beside the baselines, as an MLflow table",
 }
 
@@ -88,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="a TileDB setting, e.g. vfs.s3.endpoint_override=http://localhost:9000",
         )
+    _add_compare(commands)
     commands.add_parser("doctor", help="what this machine has, what is missing, what to do")
     return parser
 
@@ -101,6 +103,24 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--cells-per-second", type=float, help="measured, of one worker")
     plan.add_argument("--mfu", type=float, help="assumed share of the peak (0.3)")
     plan.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
+
+
+def _add_compare(commands: Any) -> None:
+    text = "tables of finished benchmarks in the terminal and as one HTML page"
+    compare = commands.add_parser("compare", help=text, description=text)
+    compare.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a benchmark's run directory, runs:/ID of its MLflow parent run, or an experiment",
+    )
+    compare.add_argument("--html", default="", metavar="FILE", help="where to write the page")
+    compare.add_argument(
+        "--mlflow-uri", default="", metavar="URI", help="of sources that are no run directory"
+    )
+    compare.add_argument(
+        "--metric", action="append", default=[], metavar="ID", help="show it (repeat for several)"
+    )
 
 
 def _split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -249,6 +269,19 @@ def _submit(arguments: argparse.Namespace) -> int:
     )
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from cellray.bench.compare import compare
+
+    compare(
+        arguments.sources,
+        say,
+        html=arguments.html,
+        mlflow_uri=arguments.mlflow_uri,
+        metrics=arguments.metric or None,
+    )
+    return 0
+
+
 def _doctor() -> int:
     from cellray.ops.doctor import doctor
 
@@ -282,6 +315,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return _relayout(arguments)
         if arguments.command == "import-weights":
             return _import_weights(arguments)
+        if arguments.command == "compare":
+            return _compare(arguments)
         return _doctor()
     except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)

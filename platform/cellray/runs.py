@@ -27,6 +27,7 @@ from cellray.core.section import (
 )
 from cellray.data.config import DataSection
 from cellray.data.synthetic_config import SynthesizeConfig
+from cellray.infer.map_config import QuerySection, ReferenceSection
 from cellray.models.base import family, with_preset
 from cellray.train.config import (
     AdaptSection,
@@ -47,6 +48,7 @@ __all__ = [
     "EmbedRun",
     "FinetuneRun",
     "IngestRun",
+    "MapRun",
     "PretrainRun",
     "Run",
     "SynthesizeRun",
@@ -182,6 +184,35 @@ class EmbedRun(Run):
     cells_micro: int = Field(default=64, ge=1)
 
 
+class MapRun(Run):
+    """Labels of query cells from the nearest cells of a reference.
+
+    Attributes:
+        model: checkpoint folder or MLflow model URI; it is not trained.
+        reference: the labelled cells, and where their embedding is kept.
+        query: the cells to label.
+        output: h5ad file to write.
+        k: reference cells that vote on a label.
+        unknown_below: a cell whose label has a smaller share of the votes is ``Unassigned``.
+        exact_below: with fewer reference cells neighbours are found exactly, with more by FAISS.
+        umap: whether to lay out queries and reference together, in ``obsm["X_umap"]`` and as a
+            picture beside the output.
+        umap_cells: reference cells in it, at most.
+        cells_micro: cells of a forward pass.
+    """
+
+    model: str
+    reference: ReferenceSection
+    query: QuerySection
+    output: str = Field(pattern=r"\.h5ad$")
+    k: int = Field(default=10, ge=1)
+    unknown_below: float = Field(default=0.0, ge=0, le=1)
+    exact_below: int = Field(default=50_000, ge=0)
+    umap: bool = False
+    umap_cells: int = Field(default=20_000, ge=0)
+    cells_micro: int = Field(default=64, ge=1)
+
+
 class BenchmarkRun(Run):
     """Method x data set x seed of one task, beside the baselines.
 
@@ -251,6 +282,7 @@ JOBS: Mapping[str, tuple[type[Run], str]] = {
     "finetune": (FinetuneRun, "cellray.train.finetune:finetune"),
     "tune": (TuneRun, "cellray.tune.sweep:tune"),
     "embed": (EmbedRun, "cellray.infer.embed:embed"),
+    "map": (MapRun, "cellray.infer.mapping:map_cells"),
     "benchmark": (BenchmarkRun, "cellray.bench.suite:benchmark"),
 }
 

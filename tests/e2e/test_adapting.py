@@ -9,14 +9,14 @@ import torch
 from cellray.core.errors import ConfigError
 from cellray.infer.load import load
 from cellray.nn.lora import has_factors
-from cellray.runs import run_job
+from cellray.runs import build_run, run_job
 from cellray.train.checkpoint import model_of, read_checkpoint, read_weights, write_checkpoint
 from cellray.train.finetune import predict_cells, predict_labels, prepare_finetune
 from cellray.train.pretrain import prepare_pretrain
 from cellray.train.rundir import RunDirectory
 from cellray.train.saving import committed
 from helpers_cells import known_cells
-from helpers_runs import finetune_run, pretrain_run
+from helpers_runs import finetune_run, pretrain_raw, pretrain_run
 
 pytestmark = pytest.mark.ray
 
@@ -108,12 +108,20 @@ def test_a_probe_of_drawn_weights_is_the_control_of_a_checkpoint(
 
 
 def test_no_table_of_a_family_comes_with_drawn_weights(small_store, tmp_path):
-    run = finetune_run(
-        small_store,
-        tmp_path,
-        model={"family": "tosica", "width": 8, "num_heads": 2, "gene_sets": "", "max_sets": 4},
-    )
-    assert prepare_finetune(run).job.weights is None
+    genes = known_cells().var_names.to_numpy().astype(str)
+    np.savez(tmp_path / "table.npz", genes=genes, vectors=np.ones((60, 8), dtype=np.float32))
+    sizes = {"width": 8, "num_layers": 1, "num_heads": 2, "head_width": 4, "ffn_width": 8}
+    table = {"family": "scbert", **sizes, "gene2vec": str(tmp_path / "table.npz")}
+    raw = pretrain_raw(small_store, tmp_path) | {"model": table, "tokenizer": {}}
+    job = prepare_pretrain(build_run("pretrain", raw)).job
+    assert "genes.weight" in job.weights
+    model = model_of(job.manifest, job.data.source.vocab)
+    folder = tmp_path / "model"
+    write_checkpoint(folder, job.manifest, vocab=job.data.source.vocab, weights=model.state_dict())
+    over = {"init_from": str(folder), "init_weights": False}
+    assert prepare_finetune(finetune_run(small_store, tmp_path, **over)).job.weights is None
+    over["init_weights"] = True
+    assert prepare_finetune(finetune_run(small_store, tmp_path, **over)).job.weights is not None
     with pytest.raises(ConfigError, match="init_weights = false needs init_from"):
         finetune_run(small_store, tmp_path, model={"family": "tosica"}, init_weights=False)
 

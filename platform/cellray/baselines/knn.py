@@ -18,7 +18,8 @@ from cellray.baselines._features import (
     fit_components,
     fit_genes,
 )
-from cellray.baselines.base import BaselineUnit, check_training
+from cellray.baselines.base import NUM_NEIGHBORS, BaselineUnit, Labelled, check_training
+from cellray.core.voting import vote
 
 __all__ = ["BASELINE", "KnnConfig"]
 
@@ -36,7 +37,7 @@ class KnnConfig(FeatureConfig):
     """
 
     name: str = "knn"
-    num_neighbors: int = Field(default=15, ge=1)
+    num_neighbors: int = Field(default=NUM_NEIGHBORS, ge=1)
     num_components: int = Field(default=50, ge=1)
 
 
@@ -52,24 +53,12 @@ class _Knn:
     def embed(self, counts: sparse.csr_matrix) -> F32:
         return self.components.apply(self.genes.apply(counts))
 
-    def predict(self, counts: sparse.csr_matrix) -> I64:
+    def label(self, counts: sparse.csr_matrix) -> Labelled:
+        asked = self.embed(counts)
         if counts.shape[0] == 0:
-            return np.zeros(0, dtype=np.int64)
-        neighbours = self.index.kneighbors(self.embed(counts), return_distance=False)
-        return _vote(self.labels[neighbours])
-
-
-def _vote(labels: I64) -> I64:
-    """(N, k) neighbours' codes, nearest first -> (N,) winners."""
-    num, k = labels.shape
-    shape = (num, int(labels.max()) + 1)
-    where = (np.repeat(np.arange(num), k), labels.ravel())
-    votes = np.zeros(shape, dtype=np.int64)
-    np.add.at(votes, where, 1)
-    nearest = np.full(shape, k, dtype=np.int64)
-    np.minimum.at(nearest, where, np.tile(np.arange(k), num))
-    # one vote more outweighs any nearness, which therefore decides between ties only
-    return np.asarray((votes * (k + 1) - nearest).argmax(axis=1), dtype=np.int64)
+            return Labelled(np.zeros(0, dtype=np.int64), np.zeros(0), asked)
+        neighbours = self.index.kneighbors(asked, return_distance=False)
+        return Labelled(*vote(self.labels[neighbours]), asked)
 
 
 def _fit(config: KnnConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Knn:

@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from cellray.baselines._features import FeatureConfig, GeneFeatures, fit_genes, one_thread
-from cellray.baselines.base import BaselineUnit, check_training
+from cellray.baselines.base import BaselineUnit, Labelled, check_training
 from cellray.metrics.classification import score_annotation
 
 __all__ = ["BASELINE", "LogisticConfig", "inner_folds"]
@@ -46,11 +46,13 @@ class _Logistic:
     model: Any
     strength: float
 
-    def predict(self, counts: sparse.csr_matrix) -> I64:
+    def label(self, counts: sparse.csr_matrix) -> Labelled:
         scaled = self.genes.apply(counts)
         if counts.shape[0] == 0:
-            return np.zeros(0, dtype=np.int64)
-        return np.asarray(self.model.predict(scaled), dtype=np.int64)
+            return Labelled(np.zeros(0, dtype=np.int64), np.zeros(0))
+        shares = self.model.predict_proba(scaled)
+        codes = self.model.classes_[shares.argmax(axis=1)]
+        return Labelled(np.asarray(codes, dtype=np.int64), shares.max(axis=1).astype(np.float64))
 
     def embed(self, counts: sparse.csr_matrix) -> None:
         return None
@@ -61,10 +63,11 @@ class _OneClass:
     """What is left of a regression when the training cells have one class only."""
 
     genes: GeneFeatures
-    label: int
+    code: int
 
-    def predict(self, counts: sparse.csr_matrix) -> I64:
-        return np.full(self.genes.apply(counts).shape[0], self.label, dtype=np.int64)
+    def label(self, counts: sparse.csr_matrix) -> Labelled:
+        num = self.genes.apply(counts).shape[0]
+        return Labelled(np.full(num, self.code, dtype=np.int64), np.ones(num))
 
     def embed(self, counts: sparse.csr_matrix) -> None:
         return None
@@ -147,10 +150,15 @@ def _fit(
     return _Logistic(genes, model, strength)
 
 
+def _trials(config: LogisticConfig) -> int:
+    return len(config.strengths) if config.folds > 1 else 1
+
+
 BASELINE = BaselineUnit(
     name="logistic",
     config=LogisticConfig,
     fit=_fit,
-    seed_scope="inner_folds",
+    seed_scope="inner folds",
     title="L2 logistic regression on 2,000 variable genes, C by inner cross-validation",
+    trials=_trials,
 )

@@ -8,7 +8,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from cellray.baselines.base import BaselineConfig, BaselineUnit, check_genes, check_training
+from cellray.baselines.base import (
+    BaselineConfig,
+    BaselineUnit,
+    Labelled,
+    check_genes,
+    check_training,
+)
 
 __all__ = ["BASELINE", "MajorityConfig"]
 
@@ -24,11 +30,13 @@ class MajorityConfig(BaselineConfig):
 @dataclass(frozen=True)
 class _Majority:
     num_genes: int
-    label: int
+    code: int
+    share: float
 
-    def predict(self, counts: sparse.csr_matrix) -> I64:
+    def label(self, counts: sparse.csr_matrix) -> Labelled:
         check_genes(counts, self.num_genes)
-        return np.full(counts.shape[0], self.label, dtype=np.int64)
+        num = counts.shape[0]
+        return Labelled(np.full(num, self.code, dtype=np.int64), np.full(num, self.share))
 
     def embed(self, counts: sparse.csr_matrix) -> None:
         return None
@@ -36,7 +44,9 @@ class _Majority:
 
 def _fit(config: MajorityConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Majority:
     check_training(counts, labels)
-    return _Majority(counts.shape[1], int(np.bincount(labels).argmax()))
+    frequency = np.bincount(labels)
+    share = float(frequency.max() / len(labels))
+    return _Majority(counts.shape[1], int(frequency.argmax()), share)
 
 
 BASELINE = BaselineUnit(

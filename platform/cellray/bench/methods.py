@@ -112,8 +112,9 @@ class Method:
         return math.fsum(known) / len(known) if known else _NAN
 
     def words_of(self, name: str) -> str:
-        """The different values of a field of text, joined by ``+``."""
-        return "+".join(sorted({str(getattr(row, name)) for row in self.rows} - {""}))
+        """The different values of a field of text, of runs that worked if any did."""
+        rows = [row for row in self.rows if row.status == "ok"] or self.rows
+        return "+".join(sorted({str(getattr(row, name)) for row in rows} - {""}))
 
     @property
     def run_ids(self) -> tuple[str, ...]:

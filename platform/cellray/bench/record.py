@@ -20,14 +20,14 @@ import pandas as pd
 
 from cellray.bench.entries import Entry
 from cellray.bench.setting import Part, Setting
-from cellray.bench.table import ResultRow, failed_rows, rows_of
+from cellray.bench.table import ResultRow, failed_rows, row_from, rows_of
 from cellray.bench.work import Answer, Outcome
 from cellray.core.errors import DataError
 from cellray.core.section import flatten
 from cellray.metrics.base import all_metrics
-from cellray.metrics.bootstrap import bootstrap_units
+from cellray.metrics.bootstrap import MATRIX_SCORES, bootstrap_units
 from cellray.metrics.refusal import score_refusal
-from cellray.tasks.guards import check_predictions
+from cellray.guards.answers import check_predictions
 from cellray.train.tracking import Tracker
 
 __all__ = ["kept_answer", "kept_file", "read_rows", "record", "record_failure"]
@@ -83,17 +83,20 @@ def kept_answer(setting: Setting, entry: Entry, part: Part) -> Answer | None:
 
 def _unit_intervals(
     setting: Setting, part: Part, answer: Answer, truth: npt.NDArray[Any]
-) -> Mapping[str, tuple[float, float]]:
-    """Intervals over donors (or batches) of the test cells, by metric; {} with fewer than two."""
+) -> dict[str, float]:
+    """Ends of the intervals over donors (or batches) of the test cells, beside their metrics."""
     draws, column = setting.run.bootstrap_draws, setting.donor_column
     if not draws or not column or answer.labels is None:
         return {}
     units = setting.column(column, answer.joinids)
     if len(set(units)) < 2:  # noqa: PLR2004
         return {}
-    return bootstrap_units(
-        truth, answer.labels, units, train_classes=part.targets.classes, draws=draws, seed=part.seed
-    )
+    ends = {}
+    for name in MATRIX_SCORES:
+        found = bootstrap_units(truth, answer.labels, units, name, draws=draws, seed=part.seed)
+        ends[f"{name}/unit_ci95_low"] = found.ci95_low
+        ends[f"{name}/unit_ci95_high"] = found.ci95_high
+    return ends
 
 
 def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
@@ -113,7 +116,7 @@ def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
         scores |= score_refusal(
             truth, answer.labels, answer.confidence, train_classes=part.targets.classes
         )
-    return scores
+    return scores | _unit_intervals(setting, part, answer, truth)
 
 
 def _finite(scores: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:
@@ -143,28 +146,18 @@ def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list
         config_sha256=hashlib.sha256(outcome.row.params_json.encode()).hexdigest(),
         remarks=[*outcome.remarks, *lost],
     )
-    intervals = {}
-    if answer.labels is not None:
-        intervals = _unit_intervals(setting, part, answer, setting.truth(answer.joinids))
     child = _child(setting, entry, part.seed, outcome.child_run_id)
     if child is not None:
         template = replace(template, run_id=child.run_id)
-    rows = [_with_interval(row, intervals) for row in rows_of(template, scores)]
+    rows = rows_of(template, scores)
     if child is not None:
-        _log(child, template, rows, outcome.params, intervals)
+        _log(child, template, scores, outcome.params)
         child.artifact(file, "answers")
         child.end("FINISHED")
     text = json.dumps([asdict(row) for row in rows])
     _written(kept_file(setting, entry, part.seed), lambda path: path.write_text(text))
     kept_file(setting, entry, part.seed).with_suffix(".failed").unlink(missing_ok=True)
     return rows
-
-
-def _with_interval(row: ResultRow, intervals: Mapping[str, tuple[float, float]]) -> ResultRow:
-    if row.metric_id not in intervals:
-        return row
-    low, high = intervals[row.metric_id]
-    return replace(row, unit_ci95_low=low, unit_ci95_high=high)
 
 
 def record_failure(
@@ -186,7 +179,7 @@ def record_failure(
     child = _child(setting, entry, part.seed, known)
     if child is not None:
         rows = [replace(row, run_id=child.run_id) for row in rows]
-        _log(child, replace(template, run_id=child.run_id), [], {}, {})
+        _log(child, replace(template, run_id=child.run_id), {}, {})
         child.tag("cellray.error", error[:2000])
         child.tag("cellray.status", status)
         child.end("FAILED")
@@ -211,18 +204,13 @@ def _child(setting: Setting, entry: Entry, seed: int, run_id: str) -> Tracker | 
 
 
 def _log(
-    child: Tracker,
-    template: ResultRow,
-    rows: Sequence[ResultRow],
-    params: Mapping[str, Any],
-    intervals: Mapping[str, tuple[float, float]],
+    child: Tracker, template: ResultRow, scores: Mapping[str, float], params: Mapping[str, Any]
 ) -> None:
     child.params(flatten(params))
     child.tag("cellray.method", template.method)
     child.tag("cellray.row", json.dumps(asdict(template)))
-    child.tag("cellray.unit_intervals", json.dumps(dict(intervals)))
-    if rows:
-        child.metrics({row.metric_id: float(row.value or 0.0) for row in rows})
+    if scores:
+        child.metrics(scores)
 
 
 def read_rows(setting: Setting, entries: Sequence[Entry]) -> list[ResultRow]:
@@ -235,7 +223,7 @@ def read_rows(setting: Setting, entries: Sequence[Entry]) -> list[ResultRow]:
             file = kept_file(setting, entry, seed)
             file = file if file.is_file() else file.with_suffix(".failed")
             if file.is_file():
-                rows += [ResultRow(**row) for row in json.loads(file.read_text())]
+                rows += [row_from(row) for row in json.loads(file.read_text())]
         return rows
     newest: dict[tuple[str, int], Any] = {}
     for child in Tracker(setting.parent.uri, setting.parent.run_id).children():
@@ -249,10 +237,11 @@ def read_rows(setting: Setting, entries: Sequence[Entry]) -> list[ResultRow]:
 def rows_of_child(row: dict[str, Any], child: Any) -> list[ResultRow]:
     """The rows that an MLflow child holds: its tag gives the fields, its metrics the values."""
     tags = child.data.tags
-    template = ResultRow(**row | {"run_id": child.info.run_id})
+    template = replace(row_from(row), run_id=child.info.run_id)
     if "cellray.error" in tags:
-        status = tags.get("cellray.status", "failed")
-        return failed_rows(template, tags["cellray.error"], status=status)
-    scores = {k: v for k, v in child.data.metrics.items() if k in all_metrics()}
-    intervals = json.loads(tags.get("cellray.unit_intervals", "{}"))
-    return [_with_interval(r, intervals) for r in rows_of(template, scores)]
+        return failed_rows(
+            template, tags["cellray.error"], status=tags.get("cellray.status", "failed")
+        )
+    known = all_metrics()
+    scores = {k: v for k, v in child.data.metrics.items() if k.partition("/")[0] in known}
+    return rows_of(template, scores)

@@ -13,6 +13,7 @@ from cellray.core.errors import DataError
 
 __all__ = [
     "FLOOR",
+    "SYNTHETIC",
     "ceiling_of",
     "check_comparable",
     "check_compulsory",
@@ -219,7 +220,7 @@ def _budget_flag(method: Method, baselines: Sequence[Method]) -> str:
     ]
     if not others:
         return ""
-    return f"unequal tuning budget: {ours:.0f} trials ({', '.join(others)})"
+    return f"unequal tuning budget: {ours:.0f} trial{'s' * (ours != 1)} ({', '.join(others)})"
 
 
 def flags(

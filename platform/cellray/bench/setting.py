@@ -20,9 +20,12 @@ from cellray.bench.config import DatasetSection
 from cellray.bench.provenance import provenance
 from cellray.bench.table import ResultRow
 from cellray.core.section import to_dict
-from cellray.data.corpus import dataset_id_of
+from cellray.data.dataset_name import SYNTHETIC, is_synthetic
+from cellray.data.stats import coverage
+from cellray.guards.entry import GuardReport, check_table_data
+from cellray.guards.training import did_it_train
+from cellray.infer.load import LoadedModel
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, asked_cells, task
-from cellray.tasks.guards import GuardReport, check_table_data
 from cellray.train.prepare import Cells, select_cells
 from cellray.train.rundir import RunDirectory
 
@@ -149,6 +152,40 @@ class Setting:
             parts.append(sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape))
         return CellCounts(sparse.csr_matrix(sparse.vstack(parts)), self.batches(joinids))
 
+    def label_codes(self, joinids: I64) -> I64:
+        """Codes of the true labels, for controls that are to know the answer."""
+        codes, _ = pd.factorize(self.truth(joinids), sort=True)
+        return np.asarray(codes, dtype=np.int64)
+
+    @property
+    def donor_column(self) -> str:
+        """The obs column whose values are resampled whole for intervals; "" if there is none."""
+        donors = to_dict(self.config).get("donor_columns") or []
+        candidates = [*donors, self.batch_column]
+        return next((c for c in candidates if c and c in self.cells.obs), "")
+
+    @property
+    def num_neighbours(self) -> int:
+        """Training cells that vote, where the task says how many."""
+        return int(to_dict(self.config).get("num_neighbors") or 10)
+
+    def gene_loss(self, model: LoadedModel) -> Mapping[str, Any]:
+        """How many genes and counts of the cells a model knows, as fields of a row."""
+        found = coverage(self.cells.store, model.vocab, joinids=self.cells.joinids)
+        return {
+            "gene_map_id": model.vocab.fingerprint[:16],
+            "genes_in": found.genes_in_store,
+            "genes_matched": found.genes_matched,
+            "umi_fraction_matched": found.count_fraction,
+        }
+
+    def trained_remarks(self, part: Part, train_accuracy: float) -> tuple[str, ...]:
+        """A flag on a model that does no better on its training cells than the majority class."""
+        codes = self.codes(part, part.split.train)
+        majority = float(np.bincount(codes).max() / len(codes))
+        remark = did_it_train(train_accuracy, majority)
+        return (remark,) if remark else ()
+
     @cached_property
     def before(self) -> F32:
         """Principal components of the asked cells without integration, (N, P)."""
@@ -163,7 +200,7 @@ class Setting:
     @cached_property
     def dataset_id(self) -> str:
         """The name a reader knows; made data say so."""
-        return dataset_id_of(self.cells.store, self.name)
+        return f"{SYNTHETIC}{self.name}" if is_synthetic(self.cells.store) else self.name
 
     @cached_property
     def template(self) -> ResultRow:

@@ -61,6 +61,7 @@ _NAN = float("nan")
 _LEVEL = 0.05
 _SAME = 1e-9
 _COSTS = ("wall_s", "gpu_hours", "cpu_hours", "cells_per_s")
+_SPREADS = {"sd": "a standard deviation", "ci95_half_width": "half a 95 % interval"}
 _NO_DELTA = ("baseline", "control")
 
 
@@ -81,7 +82,8 @@ def leaderboard(
     and ``.best`` (True: the best, or not separable from it: the paired t test over seeds with Holm
     over methods, or where no test over seeds exists overlapping unit intervals); ``rank``;
     ``delta`` (paired difference of the headline to ``delta.baseline``, the best baseline) with its
-    interval, ``delta.p`` (exact Wilcoxon) and ``delta.p_holm``; costs, means over runs;
+    interval, ``delta.p`` (exact Wilcoxon) and ``delta.p_t`` (paired t), both over seeds, each with
+    Holm over methods under ``..._holm``; costs, means over runs;
     ``overlap_flag``, ``overlap_fraction``, ``tuning_budget``, ``run_ids``, ``gap`` (measured minus
     reported, on a reported row), ``note`` (flags). A spread that does not exist (one seed, or a
     method no seed changes) and the values of a failed run are NaN, shown as ``n/a`` and
@@ -239,38 +241,45 @@ def _reported_record(
     record["gap"] = same.mean(headline) - method.mean(headline) if same else _NAN
     other = first.split_id and methods and first.split_id != methods[0].rows[0].split_id
     nothing = _columns("delta", Summary(0, _NAN))
-    nothing |= {"delta.p": _NAN, "delta.p_holm": _NAN, "rank": _NAN}
+    tests = ("delta.p", "delta.p_holm", "delta.p_t", "delta.p_t_holm")
+    nothing |= dict.fromkeys((*tests, "rank"), _NAN)
     marks = {f"{name}.best": False for name in metrics}
     scaled = {f"{name}.scaled": _NAN for name in metrics}
-    note = f"another split: {first.split_id}" if other else ""
-    return record | nothing | {"delta.baseline": ""} | marks | scaled | {"note": note}
+    kinds = {row.reported_spread_kind for row in method.rows} - {""}
+    told = [f"± is {_SPREADS[kind]}, as printed" for kind in sorted(kinds)]
+    notes = [*first.remarks, *told, f"another split: {first.split_id}" if other else ""]
+    note = {"note": "; ".join(filter(None, notes))}
+    return record | nothing | {"delta.baseline": ""} | marks | scaled | note
 
 
 def _same_cell(measured: Method, reported: Method) -> bool:
-    """Whether both are the same method on the same split, written in whatever way."""
+    """Whether both are the same kind of method on one split, its name written in whatever way."""
 
     def plain(name: str) -> str:
         return "".join(c for c in name.casefold() if c.isalnum())
 
     ours, theirs = measured.rows[0], reported.rows[0]
-    return plain(measured.name) == plain(reported.name) and ours.split_id == theirs.split_id
+    same = (ours.method_family, ours.split_id) == (theirs.method_family, theirs.split_id)
+    return same and plain(measured.name) == plain(reported.name)
 
 
 def _deltas(methods: Sequence[Method], headline: str) -> dict[str, dict[str, Any]]:
     """The difference to the best baseline of each method that is none itself."""
     best = next((m for m in methods if m.family == "baseline" and m.values(headline)), None)
-    tests: dict[str, float] = {}
+    tests: dict[str, dict[str, float]] = {"delta.p": {}, "delta.p_t": {}}
     found: dict[str, dict[str, Any]] = {}
     for method in methods:
         compared = best is not None and method.family not in _NO_DELTA
         delta = difference(method, best, headline) if compared and best else Summary(0, _NAN)
         steps = seed_differences(method, best, headline) if compared and best else []
-        tests[method.name] = wilcoxon(steps) if len(steps) > 1 else _NAN
+        tests["delta.p"][method.name] = wilcoxon(steps) if len(steps) > 1 else _NAN
+        tests["delta.p_t"][method.name] = paired_t(steps) if len(steps) > 1 else _NAN
         name = best.name if best is not None and delta.num else ""
         found[method.name] = _columns("delta", delta) | {"delta.baseline": name}
-    adjusted = dict(zip(tests, holm(list(tests.values())), strict=True))
-    for name, record in found.items():
-        record |= {"delta.p": tests[name], "delta.p_holm": adjusted[name]}
+    for test, values in tests.items():
+        adjusted = dict(zip(values, holm(list(values.values())), strict=True))
+        for name, record in found.items():
+            record |= {test: values[name], f"{test}_holm": adjusted[name]}
     return found
 
 

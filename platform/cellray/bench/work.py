@@ -6,20 +6,19 @@ opens the truth; scoring is :mod:`cellray.bench.record`'s.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cellray.baselines.base import annotate_with, baseline, embed_with, trials_of
-from cellray.baselines.base import Labelled
+from cellray.baselines.base import Labelled, annotate_with, baseline, embed_with, trials_of
 from cellray.bench.entries import Entry, finetune_run, run_directory
 from cellray.bench.heads import HEAD_TRIALS, logistic_head, neighbour_head
 from cellray.bench.setting import Part, Setting
@@ -28,8 +27,7 @@ from cellray.core.section import to_dict
 from cellray.data.corpus import overlap
 from cellray.infer.embed import embed_cells, token_source
 from cellray.infer.load import LoadedModel, load
-from cellray.models.base import CellClassifier, GeneClassifier
-from cellray.tasks.reference_mapping import NUM_NEIGHBOURS
+from cellray.data.vocab import Vocab
 from cellray.train.checkpoint import Manifest, model_of
 from cellray.train.config import ScaleSection
 from cellray.train.finetune import finetune, predict_cells, prepare_finetune
@@ -130,12 +128,23 @@ def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
     return Outcome(answer, row, to_dict(config), remarks=remark)
 
 
+@lru_cache(maxsize=8)
+def weights_sha256(path: str) -> str:
+    """SHA-256 over the weights and the vocabulary of a model."""
+    model = _loaded(path)
+    digest = hashlib.sha256(model.vocab.fingerprint.encode())
+    for name, value in sorted(model.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 @lru_cache(maxsize=2)
 def _loaded(path: str) -> LoadedModel:
     return load(path)
 
 
-def drawn_model(manifest: Manifest, like: LoadedModel | None, vocab: Any, seed: int) -> LoadedModel:
+def drawn_model(manifest: Manifest, vocab: Vocab, seed: int) -> LoadedModel:
     """The body that a manifest describes with weights drawn by ``seed``, as training draws them."""
     bare = replace(manifest, classes=[], objective={}, metrics={}, step=0)
     torch.manual_seed(seed)
@@ -149,9 +158,9 @@ def _body(setting: Setting, entry: Entry, seed: int) -> LoadedModel:
         model = _loaded(entry.method.model)
         if entry.kind == "frozen":
             return model
-        return drawn_model(model.manifest, model, model.vocab, seed)
+        return drawn_model(model.manifest, model.vocab, seed)
     job = prepare_finetune(finetune_run(setting, entry, seed)).job
-    return drawn_model(job.manifest, None, job.data.source.vocab, seed)
+    return drawn_model(job.manifest, job.data.source.vocab, seed)
 
 
 def _head(setting: Setting, entry: Entry) -> str:
@@ -176,7 +185,7 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
         if _head(setting, entry) == "logistic":
             found = logistic_head(train, codes, vectors[at], seed=part.seed)
         else:
-            found = neighbour_head(train, codes, vectors[at], k=NUM_NEIGHBOURS)
+            found = neighbour_head(train, codes, vectors[at], k=setting.num_neighbours)
         answer = _named(part, found, joinids)
     else:
         answer = Answer(joinids, embedding=vectors[at])
@@ -215,7 +224,7 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
         seed_scope=_scope(setting, part, own),
         init="random_frozen" if random else "pretrained",
         checkpoint_id="" if random else entry.method.model,
-        checkpoint_sha256="" if random else setting.weights_sha256(model.path),
+        checkpoint_sha256="" if random else weights_sha256(model.path),
         pretrain_corpus_id=seen.corpus_id if seen else "",
         overlap_flag=seen.flag if seen else "none",
         overlap_fraction=seen.fraction if seen else None,
@@ -263,7 +272,7 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         seed_scope=_scope(setting, part, "initial weights, batch order"),
         init="scratch" if entry.scratch else "pretrained",
         checkpoint_id=init,
-        checkpoint_sha256=setting.weights_sha256(init) if init else "",
+        checkpoint_sha256=weights_sha256(init) if init else "",
         pretrain_corpus_id=seen.corpus_id if seen else "",
         overlap_flag=seen.flag if seen else "none",
         overlap_fraction=seen.fraction if seen else None,
@@ -305,12 +314,9 @@ def answer_of(setting: Setting, part: Part, entry: Entry) -> Outcome:
     return _frozen(setting, part, entry)
 
 
-def bare_model(model: LoadedModel) -> bool:
-    """Whether a model has no classifier."""
-    return not isinstance(model.model, CellClassifier | GeneClassifier)
-
-
-def model_folder(path: str) -> Path:
-    """The folder of a checkpoint or run directory."""
-    inner = Path(path) / "model"
-    return inner if inner.is_dir() else Path(path)
+def answering_model(setting: Setting, entry: Entry, seed: int) -> LoadedModel | None:
+    """The model that answered for an entry, None if there is none (any more)."""
+    if entry.kind == "finetune":
+        folder = run_directory(setting, entry, seed).model
+        return load(str(folder)) if folder.is_dir() else None
+    return None if entry.kind == "baseline" else _body(setting, entry, seed)

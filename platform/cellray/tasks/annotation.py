@@ -15,6 +15,8 @@ from cellray.core.section import Section
 from cellray.data.split import hash_unit
 from cellray.metrics.classification import score_annotation
 from cellray.models.base import EmbedsCells
+from cellray.tasks._labels import NO_LABEL, column_texts, given, labels_of
+from cellray.tasks._refusal import RefuseSection
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, check_columns, ids_sha256
 
 __all__ = ["TASK", "AnnotationConfig", "AnnotationSplit", "annotation_split", "annotation_targets"]
@@ -69,12 +71,14 @@ class AnnotationConfig(TaskConfig):
         split: how cells are divided.
         donor_columns: obs columns that would make better units than single cells: a split by
             cell is flagged if one of them is there.
+        refuse: which cells are left without a label.
     """
 
     name: str = "annotation"
-    ignore_labels: list[str] = ["", "nan", "NA", "unknown"]
+    ignore_labels: list[str] = list(NO_LABEL)
     split: AnnotationSplit
     donor_columns: list[str] = ["donor_id", "donor", "patient", "individual", "subject"]
+    refuse: RefuseSection = RefuseSection()
 
 
 def _check_named(config: AnnotationConfig, available: Sequence[str]) -> None:
@@ -98,30 +102,14 @@ def _check(obs: pd.DataFrame, config: AnnotationConfig) -> None:
         raise DataError(f"the cells have no '{JOINID}' column; read them from a store")
 
 
-def _texts(column: pd.Series) -> npt.NDArray[np.object_]:
-    """Values as text, None where missing."""
-    missing = column.isna().to_numpy()
-    texts = column.astype(object).to_numpy(copy=True)
-    texts[~missing] = [str(value) for value in texts[~missing]]
-    texts[missing] = None
-    return np.asarray(texts, dtype=object)
-
-
 def _labels(obs: pd.DataFrame, config: AnnotationConfig) -> npt.NDArray[np.object_]:
     """Labels as text, None where there is none."""
-    labels = _texts(obs[config.label])
-    ignored = np.isin(labels.astype(str), config.ignore_labels)
-    labels[ignored] = None
-    return labels
-
-
-def _given(labels: npt.NDArray[np.object_]) -> BoolArray:
-    return np.array([value is not None for value in labels], dtype=bool)
+    return labels_of(obs[config.label], config.ignore_labels)
 
 
 def _groups(obs: pd.DataFrame, config: AnnotationConfig) -> npt.NDArray[np.object_]:
     if config.split.column:
-        return _texts(obs[config.split.column])
+        return column_texts(obs[config.split.column])
     return _cell_names(obs)
 
 
@@ -216,7 +204,7 @@ def annotation_split(obs: pd.DataFrame, config: AnnotationConfig, *, seed: int) 
     labels, groups = _labels(obs, config), _groups(obs, config)
     if config.split.test_values:
         _check_test_values(groups, config.split)
-    no_label, no_group = ~_given(labels), ~_given(groups)
+    no_label, no_group = ~given(labels), ~given(groups)
     left_out = {"no label": int(no_label.sum()), "no group": int((no_group & ~no_label).sum())}
     kept = np.flatnonzero(~no_label & ~no_group)
     if not len(kept):
@@ -272,7 +260,7 @@ def annotation_targets(obs: pd.DataFrame, config: AnnotationConfig, split: Split
     """
     _check(obs, config)
     labels = _labels(obs, config)
-    training = np.isin(obs[JOINID].to_numpy(dtype=np.int64), split.train) & _given(labels)
+    training = np.isin(obs[JOINID].to_numpy(dtype=np.int64), split.train) & given(labels)
     classes = tuple(sorted(set(labels[training])))
     if len(classes) < 2:
         raise DataError(
@@ -297,5 +285,5 @@ TASK = Task(
     fit=annotation_targets,
     score=_score,
     headline="macro_f1.union.v1",
-    compulsory=("majority", "logistic", "knn"),
+    compulsory=("majority", "logistic", "knn", "hvg", "harmony"),
 )

@@ -122,6 +122,6 @@ TASK = Task(
     fit=annotation_targets,
     score=_score,
     headline="macro_f1.union.v1",
-    compulsory=("majority", "logistic", "knn"),
+    compulsory=("majority", "logistic", "knn", "hvg", "harmony"),
     neighbours=True,
 )

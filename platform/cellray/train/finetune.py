@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from cellray.core.errors import ConfigError
 from cellray.core.section import build_section, flatten, to_dict
 from cellray.data.config import DataSection
+from cellray.data.schema import CELL_IDS
 from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.guards.entry import guard_split
@@ -22,6 +24,13 @@ from cellray.infer.load import LoadedModel, load
 from cellray.models.base import CellClassifier, GeneClassifier, ModelConfig, begin
 from cellray.tasks.base import Split, Targets, Task, task
 from cellray.train.adapt import PARAMETERS_FILE
+from cellray.train.answers import (
+    ANSWERS_DIR,
+    Answers,
+    refuse_section,
+    with_threshold,
+    write_answers,
+)
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 from cellray.train.job import TrainJob, check_job
 from cellray.train.prepare import (
@@ -195,6 +204,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         chosen_genes=source.genes_chosen,
     )
     _check_needs(unit, manifest, vocab)
+    _check_refusal(run, split)
     job = TrainJob(
         name=run.name,
         manifest=manifest,
@@ -220,6 +230,16 @@ def _genes_chosen(run: FinetuneRun, source: Manifest) -> bool:
     if not run.init_from:
         return run.data.vocab_genes > 0
     return source.genes_chosen and source.run.get("data", {}).get("uri") == run.data.uri
+
+
+def _check_refusal(run: FinetuneRun, split: Split) -> None:
+    wanted = refuse_section(run.task).wanted
+    if wanted and "below" not in wanted and not len(split.validation):
+        raise ConfigError(
+            f"task.refuse.{next(iter(wanted))} chooses the threshold by validation cells, and the "
+            "split leaves none; set task.split.validation_fraction above 0, or give "
+            "task.refuse.below"
+        )
 
 
 def _check_needs(unit: Task, manifest: Manifest, vocab: Vocab) -> None:
@@ -278,14 +298,35 @@ def truth_labels(prepared: Finetuning, joinids: I64) -> npt.NDArray[Any]:
     return np.asarray(prepared.cells.obs[label].astype(str).to_numpy()[rows], dtype=object)
 
 
-def score_test(
-    model: LoadedModel, prepared: Finetuning
-) -> tuple[dict[str, float], npt.NDArray[Any], npt.NDArray[Any]]:
-    """Metrics, truth and prediction on the test cells."""
+def _cell_names(prepared: Finetuning, joinids: I64) -> npt.NDArray[Any]:
+    """Cells' ids as the store has them, their joinids where it has none."""
+    store = prepared.cells.store
+    column = next((name for name in CELL_IDS if name in store.obs_columns()), None)
+    if column is None:
+        return joinids
+    obs = store.obs([column])
+    rows = np.searchsorted(obs["soma_joinid"].to_numpy(), joinids)
+    return np.asarray(obs[column].astype(str).to_numpy()[rows], dtype=object)
+
+
+def score_test(model: LoadedModel, prepared: Finetuning) -> tuple[dict[str, float], Answers]:
+    """Metrics of the task and of refusal on the test cells, and the answers themselves."""
     test = prepared.split.test
-    predicted = predict_labels(model, prepared, test)
-    truth = truth_labels(prepared, test)
-    return prepared.task.score(truth, predicted, prepared.targets.classes), truth, predicted
+    predicted, confidence = predict_cells(model, prepared, test)
+    truth, names = truth_labels(prepared, test), _cell_names(prepared, test)
+    answers = Answers(names, truth, predicted, confidence)
+    classes = prepared.targets.classes
+    scores = prepared.task.score(truth, predicted, classes)
+    return {**scores, **answers.scores(classes, threshold=model.cutoff)}, answers
+
+
+def _validated(
+    model: LoadedModel, prepared: Finetuning
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """Confidence of the validation cells, and whether each is right."""
+    chosen = prepared.split.validation
+    labels, confidence = predict_cells(model, prepared, chosen)
+    return confidence, np.asarray(labels == truth_labels(prepared, chosen), dtype=bool)
 
 
 def finetune(
@@ -328,22 +369,50 @@ def finetune(
         tags=tags,
         extra_callbacks=extra_callbacks,
     )
-    model = load(trained.model_dir)
-    params = RunDirectory.at(trained.run_dir).read(PARAMETERS_FILE)
-    labelled = bool(model.manifest.classes)
-    train_accuracy = accuracy_on_training(model, prepared) if labelled else math.nan
-    test: dict[str, float] = {}
-    if look_at_test and labelled:
-        test, _, _ = score_test(model, prepared)
+    return _conclude(run, prepared, trained, uri, say, look_at_test=look_at_test)
+
+
+def _conclude(
+    run: FinetuneRun,
+    prepared: Finetuning,
+    trained: TrainResult,
+    uri: str,
+    say: Say,
+    *,
+    look_at_test: bool,
+) -> FinetuneResult:
+    """What follows training: the threshold, what training cells say, the test cells, registry."""
+    directory = RunDirectory.at(trained.run_dir)
+    params = directory.read(PARAMETERS_FILE)
+    model, after, test = load(trained.model_dir), dict[str, float](), dict[str, float]()
+    written: list[Path] = []
+    if model.manifest.classes:
+        unthresholded = model
+        model = with_threshold(
+            model, refuse_section(run.task), lambda: _validated(unthresholded, prepared), say
+        )
+        after["train/accuracy_after"] = accuracy_on_training(model, prepared)
+        if look_at_test:
+            test, answers = score_test(model, prepared)
+            written = write_answers(
+                directory.path / ANSWERS_DIR,
+                answers,
+                threshold=model.cutoff,
+                title=f"{run.name}: test cells",
+                say=say,
+            )
     registered = ""
     if trained.mlflow_run_id:
         tracker = Tracker(uri, trained.mlflow_run_id)
         tracker.params(params)
-        after = {"train/accuracy_after": train_accuracy} if labelled else {}
         after |= {f"test/{name}": value for name, value in test.items()}
         tracker.metrics(after, step=trained.step)
+        for path in written:
+            tracker.artifact(path, ANSWERS_DIR)
+        tracker.artifact(Path(model.path) / "manifest.json", "model")
         if run.register_as:
             from cellray.infer.predict import register
 
             registered = register(tracker, trained.model_dir, name=run.register_as)
-    return FinetuneResult(trained, test, registered, train_accuracy, params)
+    accuracy = after.get("train/accuracy_after", math.nan)
+    return FinetuneResult(trained, test, registered, accuracy, params)

@@ -36,6 +36,8 @@ _FREE_KEYS = (
     "train.bad_steps",
     "train.explosion_factor",
     "train.max_bad_steps",
+    "task.refuse.",
+    "register_as",
 )
 
 

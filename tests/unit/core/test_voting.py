@@ -38,3 +38,8 @@ def test_a_tie_goes_to_the_class_of_the_nearest_among_the_tied():
 def test_no_cell_has_no_winner():
     winners, shares = vote(np.zeros((0, 3), dtype=np.int64))
     assert winners.shape == shares.shape == (0,)
+
+
+def test_a_tie_met_late_still_goes_to_the_nearest():
+    """Sixty single votes first: a weight halved with every rank would round to nothing here."""
+    assert vote(np.array([[*range(2, 62), 1, 0, 0, 1]]))[0].tolist() == [1]
