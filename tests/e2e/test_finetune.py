@@ -16,10 +16,13 @@ import pytest
 import cellray
 from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import read_toml, to_dict, to_toml
+from cellray.data.corpus import overlap, read_corpus
 from cellray.data.soma import open_store
 from cellray.infer.load import load
+from cellray.ops.show import show
 from cellray.runs import build_run, load_run, run_job
 from cellray.train.finetune import prepare_finetune
+from cellray.train.prepare import select_cells
 from cellray.train.saving import committed
 from helpers_cells import known_cells
 from helpers_runs import SCGPT, finetune_raw, finetune_run, pretrain_run
@@ -279,3 +282,20 @@ def test_embed_writes_cells_and_a_picture(pretrained, small_store, tmp_path):
     np.testing.assert_allclose(model.embed(cells), found.obsm["X_cellray"], atol=1e-5)
     assert Path(result.umap_path).read_bytes()[:4] == b"\x89PNG"
     assert open_store(small_store).num_cells == 240
+
+
+def test_a_model_says_what_it_has_seen(pretrained, tuned, small_store):
+    """The corpus lies beside the exported model; fine-tuning takes it over and adds its own."""
+    base, result = read_corpus(pretrained), read_corpus(tuned[0].trained.model_dir)
+    assert [(s.kind, s.num_cells, s.num_hashes) for s in base.stages] == [("pretrain", 240, 240)]
+    assert base.folder == Path(pretrained)
+    assert [(s.kind, s.num_cells) for s in result.stages] == [("pretrain", 240), ("finetune", 180)]
+    assert result.complete
+    cells = select_cells(
+        build_run("finetune", finetune_raw(small_store, Path("."), init_from="x")).data
+    )
+    found = overlap(pretrained, cells, np.arange(60))
+    assert (found.flag, found.fraction) == ("full", 1.0)
+    assert any("seen in pretrain 'pre': 240 cells" in line for line in show(pretrained))
+    step = Path(result.folder).parent / "checkpoints" / committed(result.folder.parent)[-1]["name"]
+    assert [s.kind for s in read_corpus(step).stages] == ["pretrain", "finetune"]

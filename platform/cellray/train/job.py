@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,14 @@ from cellray.train.config import (
 )
 from cellray.train.prepare import TrainingData
 
-__all__ = ["TrainJob", "build_objective", "check_job", "fitting_weights", "load_backbone"]
+__all__ = [
+    "TrainJob",
+    "build_objective",
+    "check_job",
+    "fitting_weights",
+    "for_workers",
+    "load_backbone",
+]
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,14 @@ class TrainJob:
     adapt: AdaptSection = field(default_factory=AdaptSection)
     device: str = "cpu"
     run_dir: str = ""
+
+
+def for_workers(job: TrainJob) -> TrainJob:
+    """The job as it is shipped: without the sentences for people.
+
+    They may name classes that test cells alone have, and what trains is to know nothing of those.
+    """
+    return replace(job, data=replace(job.data, warnings=[], mixing=[], cut=""))
 
 
 def build_objective(config: Mapping[str, Any], vocab: Any) -> Objective:

@@ -23,7 +23,7 @@ from cellray.data.pipeline import settle_helpers
 from cellray.train.caching import with_cache
 from cellray.train.checkpoint import export_model, read_manifest, verify
 from cellray.train.config import ScaleSection
-from cellray.train.job import TrainJob
+from cellray.train.job import TrainJob, for_workers
 from cellray.train.progress import ReportCallback, watch
 from cellray.train.rundir import RunDirectory
 from cellray.train.saving import committed, judged_loss, newest_whole
@@ -233,7 +233,7 @@ def fit(
     """
     ensure_ray(job.scale)
     settle_helpers()
-    job = replace(with_cache(job, say), run_dir=str(run.path))
+    job = replace(for_workers(with_cache(job, say)), run_dir=str(run.path))
     began = _begin(run, say, job.name)
     uri, run_id = (tracker.uri, tracker.run_id) if tracker else ("", "")
     keep = job.checkpoint.keep_last
