@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
@@ -21,7 +19,7 @@ from cellray.data.soma import open_store
 from cellray.infer.load import load
 from cellray.ops.show import show
 from cellray.runs import build_run, load_run, run_job
-from cellray.train.finetune import prepare_finetune
+from cellray.train.finetune import predict_cells, prepare_finetune
 from cellray.train.prepare import select_cells
 from cellray.train.saving import committed
 from helpers_cells import known_cells
@@ -48,12 +46,13 @@ def tuned(pretrained, small_store, tmp_path_factory):
     # a notebook that has an experiment of its own open keeps it
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('own') / 'own.db'}")
     mlflow.set_experiment("elsewhere")
-    run = finetune_run(small_store, folder, init_from=pretrained, register_as="three-types")
-    return run_job(run), f"sqlite:///{folder / 'mlflow.db'}"
+    over = {"init_from": pretrained, "register_as": "three-types"}
+    run = finetune_run(small_store, folder, task={"refuse": {"target_coverage": 0.9}}, **over)
+    return run_job(run), f"sqlite:///{folder / 'mlflow.db'}", run
 
 
 def test_it_learns_the_types_and_scores_the_held_out_donor(tuned):
-    result, uri = tuned
+    result, uri, _ = tuned
     assert result.test["accuracy.v1"] > 0.8  # three types, chance is 1/3
     assert result.test["n_items"] == 60
     run = mlflow.MlflowClient(tracking_uri=uri).get_run(result.trained.mlflow_run_id)
@@ -62,7 +61,7 @@ def test_it_learns_the_types_and_scores_the_held_out_donor(tuned):
 
 
 def test_the_best_checkpoint_by_validation_is_exported(tuned):
-    result, _ = tuned
+    result, *_ = tuned
     best = min(committed(result.trained.run_dir), key=lambda r: r["validation/loss"])
     assert result.trained.step == best["step"]
 
@@ -101,26 +100,65 @@ def shuffled_cells() -> ad.AnnData:
     return cells
 
 
-def test_the_registered_model_annotates_in_a_fresh_process(tuned, tmp_path):
-    result, uri = tuned
-    assert result.registered == "models:/three-types/1"
-    shuffled_cells().write_h5ad(tmp_path / "new.h5ad")
-    code = (
-        "import sys, mlflow\n"
-        "mlflow.set_tracking_uri(sys.argv[1])\n"
-        "model = mlflow.pyfunc.load_model('models:/three-types/1')\n"
-        "model.predict(sys.argv[2]).to_csv(sys.argv[3])\n"
+def test_test_cells_are_answered_in_files_and_pictures(tuned):
+    result, uri, run = tuned
+    folder = Path(result.trained.run_dir) / "test"
+    table = pd.read_csv(folder / "predictions.csv")
+    assert len(table) == 60
+    assert table["cell"].str.fullmatch(r"cell\d+").all()
+    truth = known_cells().obs["cell_type"].astype(str)
+    assert table["truth"].tolist() == truth[table["cell"]].tolist()
+    assert (table["truth"] == table["predicted"]).mean() == result.test["accuracy.v1"]
+    cutoff = load(result.trained.model_dir).cutoff
+    assert cutoff > 1 / 3
+    assert result.test["n_refused"] == (table["confidence"] < cutoff).sum()
+    assert table["refused"].sum() == result.test["n_refused"]
+    prepared = prepare_finetune(run)
+    _, confidence = predict_cells(
+        load(result.trained.model_dir), prepared, prepared.split.validation
     )
-    words = [sys.executable, "-c", code, uri, str(tmp_path / "new.h5ad"), str(tmp_path / "o.csv")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = pd.read_csv(tmp_path / "o.csv", index_col=0)
-    assert found.index.tolist() == shuffled_cells().obs_names.tolist()
-    here = cellray.load(result.trained.model_dir).annotate(shuffled_cells())
-    assert found["label"].tolist() == here["label"].tolist()
-    np.testing.assert_allclose(found["probability"], here["probability"], rtol=1e-5)
+    assert np.mean(confidence >= cutoff) >= 0.9 > np.mean(confidence > cutoff)
+    for name in ("confusion.png", "coverage.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    kept = {f.path for f in client.list_artifacts(result.trained.mlflow_run_id, "test")}
+    assert kept == {f"test/{n}" for n in ("predictions.csv", "confusion.png", "coverage.png")}
+    logged = client.get_run(result.trained.mlflow_run_id).data
+    assert logged.metrics["test/aurc.v1"] == result.test["aurc.v1"]
+    assert logged.metrics["train/accuracy_after"] == result.train_accuracy > 0.8
+    assert 0 < logged.metrics["validation/macro_f1"] <= 1
+    assert int(logged.params["n_params_total"]) == result.params["n_params_total"]
+    assert result.params["n_params_trainable"] < result.params["n_params_total"]  # no decoder
+
+
+def test_the_registered_model_annotates_new_cells(tuned):
+    result, uri, _ = tuned
+    assert result.registered == "models:/three-types/1"
+    mlflow.set_tracking_uri(uri)
+    there = cellray.load(result.registered).annotate(shuffled_cells(), refuse_below=0.0)
+    here = cellray.load(result.trained.model_dir).annotate(shuffled_cells(), refuse_below=0.0)
+    pd.testing.assert_frame_equal(there, here)
     truth = shuffled_cells().obs["cell_type"].astype(str).tolist()
     assert np.mean([a == b for a, b in zip(truth, here["label"], strict=True)]) > 0.7
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    version = client.get_model_version("three-types", "1")
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    values = {metric.key: metric.value for metric in logged.metrics}
+    assert values["test/accuracy.v1"] == result.test["accuracy.v1"]
+    assert (
+        values["validation/accuracy"]
+        == load(result.trained.model_dir).manifest.metrics["validation/accuracy"]
+    )
+
+
+def test_a_finished_run_is_scored_again_and_not_registered_twice(tuned):
+    result, uri, run = tuned
+    said: list[str] = []
+    again = run_job(run, said.append)
+    assert "already finished" in "".join(said)
+    assert again == result
+    versions = mlflow.MlflowClient(tracking_uri=uri).search_model_versions("name='three-types'")
+    assert [v.version for v in versions] == ["1"] or [v.version for v in versions] == [1]
 
 
 def test_gene_order_does_not_change_an_embedding(tuned):

@@ -46,6 +46,7 @@ def plot_coverage(
             color=colour,
             label=f"{name}: {values[-1]:.3f} of all cells",
             drawstyle="steps-post",
+            linestyle="-" if colour == _ACCURACY else "--",
             linewidth=1.6,
         )
     kept = (

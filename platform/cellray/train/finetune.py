@@ -413,6 +413,12 @@ def _conclude(
         if run.register_as:
             from cellray.infer.predict import register
 
-            registered = register(tracker, trained.model_dir, name=run.register_as)
+            registered = register(
+                tracker,
+                trained.model_dir,
+                name=run.register_as,
+                config=directory.path / "config.toml",
+                metrics=after,
+            )
     accuracy = after.get("train/accuracy_after", math.nan)
     return FinetuneResult(trained, test, registered, accuracy, params)
