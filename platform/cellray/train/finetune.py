@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,18 +19,21 @@ from cellray.data.vocab import Vocab
 from cellray.infer.embed import embed_cells
 from cellray.infer.load import LoadedModel, load
 from cellray.models.base import CellClassifier, GeneClassifier, ModelConfig, begin
-from cellray.tasks.base import Split, Targets, Task, task
+from cellray.tasks.base import Split, Targets, Task, TaskConfig, score_labels, task
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 from cellray.train.job import TrainJob, check_job
+from cellray.train.overlay import Start, lay_over
 from cellray.train.prepare import (
     Cells,
     check_vocab,
+    encode,
     make_training_data,
     select_cells,
     store_vocab,
     total_steps,
 )
 from cellray.train.rundir import RunDirectory
+from cellray.train.score_embedding import score_embedding
 from cellray.train.tracked import fit_tracked, pinned
 from cellray.train.tracking import Tracker, check_tracking, code_version, tracking_uri
 from cellray.train.trainer import TrainResult, pick_device
@@ -60,6 +64,8 @@ class Finetuning:
         cells: the selection.
         split: training, validation and test cells.
         targets: classes and codes.
+        config: the task's section.
+        said: what of the checkpoint is not as it was.
     """
 
     job: TrainJob
@@ -67,6 +73,8 @@ class Finetuning:
     cells: Cells
     split: Split
     targets: Targets
+    config: TaskConfig
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,6 +136,12 @@ def _covariates(run: FinetuneRun) -> tuple[DataSection, Mapping[str, list[str]]]
     return run.data.model_copy(update={"covariates": list(known)}), known
 
 
+def _conditioned(section: DataSection, targets: Targets) -> DataSection:
+    """The data section with the task's covariates beside those of the checkpoint."""
+    names = list(dict.fromkeys([*section.covariates, *targets.covariates]))
+    return section.model_copy(update={"covariates": names})
+
+
 def prepare_finetune(run: FinetuneRun) -> Finetuning:
     """Check a run against its checkpoint and store: labels, split, vocabulary, order, steps.
 
@@ -140,8 +154,18 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     cells = select_cells(section, lambda known: unit.columns(run.task, known))
     split = unit.split(cells.keyed(), run.task, seed=run.seed)
     targets = unit.fit(cells.obs, run.task, split)
-    source, vocab, weights = _start(run, cells, split.train)
-    tokenizer = source.tokenizer
+    first = Start(*_start(run, cells, split.train))
+    section = _conditioned(section, targets)
+    start = lay_over(
+        first,
+        targets,
+        cells,
+        split.train,
+        covariates=encode(cells.obs, section.covariates, categories)[1],
+        statistics_cells=section.statistics_cells,
+        seed=run.seed,
+    )
+    source, vocab, tokenizer = start.manifest, start.vocab, start.manifest.tokenizer
     seen = np.isin(cells.joinids, np.concatenate([split.train, split.validation]))
     data = make_training_data(
         cells,
@@ -154,12 +178,11 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         seed=run.seed,
         categories=categories,
         extra_codes={"label": np.where(seen, targets.codes, -1)},
-        genes_chosen=_genes_chosen(run, source),
+        genes_chosen=_genes_chosen(run, source) or len(vocab) < len(first.vocab),
     )
     data = replace(data, warnings=[*data.warnings, *split.warnings])
     manifest = replace(
         source,
-        objective={"name": targets.objective},
         data_fingerprint=data.fingerprint,
         covariates=data.covariates,
         classes=list(targets.classes),
@@ -183,12 +206,12 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         engine=run.engine,
         scale=run.scale,
         checkpoint=run.checkpoint,
-        weights=weights,
+        weights=start.weights,
         train_backbone=run.train_backbone,
         device=device,
     )
     check_job(job)
-    return Finetuning(job, unit, cells, split, targets)
+    return Finetuning(job, unit, cells, split, targets, run.task, start.said)  # type: ignore[arg-type]
 
 
 def _genes_chosen(run: FinetuneRun, source: Manifest) -> bool:
@@ -233,7 +256,10 @@ def score_test(
     test = prepared.split.test
     predicted = predict_labels(model, prepared, test)
     truth = truth_labels(prepared, test)
-    return prepared.task.score(truth, predicted, prepared.targets.classes), truth, predicted
+    obs = prepared.cells.obs.iloc[np.searchsorted(prepared.cells.joinids, test)]
+    classes = prepared.targets.classes
+    scores = score_labels(prepared.task, obs, prepared.config, truth, predicted, classes)
+    return scores, truth, predicted
 
 
 def finetune(
@@ -263,6 +289,8 @@ def finetune(
     if prepared is None:
         data = pinned(run.data, run.checkpoint, run.name)
         prepared = prepare_finetune(run.model_copy(update={"data": data}))
+    for line in prepared.said:
+        say(line)
     trained = fit_tracked(
         prepared.job,
         RunDirectory(run.checkpoint.dir, run.name),
@@ -277,13 +305,18 @@ def finetune(
         extra_callbacks=extra_callbacks,
     )
     test: dict[str, float] = {}
-    if look_at_test:
+    pictures: tuple[Path, ...] = ()
+    if look_at_test and prepared.task.answers == "embedding":
+        test, pictures = score_embedding(load(trained.model_dir), prepared, trained.run_dir)
+    elif look_at_test:
         test, _, _ = score_test(load(trained.model_dir), prepared)
     registered = ""
     if trained.mlflow_run_id:
         tracker = Tracker(uri, trained.mlflow_run_id)
         if test:
             tracker.metrics({f"test/{k}": v for k, v in test.items()}, step=trained.step)
+        for picture in pictures:
+            tracker.artifact(picture)
         if run.register_as:
             from cellray.infer.predict import register
 
