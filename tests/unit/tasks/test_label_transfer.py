@@ -82,9 +82,8 @@ def test_classes_are_of_the_reference_and_what_it_lacks_is_said() -> None:
 def test_donors_on_both_sides_are_said() -> None:
     obs = make_obs().assign(donor="d1")
     split = transfer_split(obs, config_of(), seed=0)
-    assert any(
-        "1 values of 'donor' have cells in reference and query: d1" in w for w in split.warnings
-    )
+    said = "1 values of 'donor' have cells in reference and query: d1"
+    assert any(said in warning for warning in split.warnings)
 
 
 def test_scores_are_of_all_cells_and_of_each_batch() -> None:
@@ -112,9 +111,7 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="label transfer holds out batches: give task.batch with"):
         config_of(split={"column": "sample", "test_values": ["s3"]})
     obs = make_obs()
-    with pytest.raises(
-        DataError, match=r"task.query: no cell has sample = 's33'. Did you mean 's3'"
-    ):
+    with pytest.raises(DataError, match=r"task.query: no cell has sample = 's33'. Did you mean"):
         transfer_split(obs, config_of(query=["s33"]), seed=0)
     everything = ["s0", "s1", "s2", "s3"]
     with pytest.raises(DataError, match="no batch is left as reference: 'sample' has s0, s1, s2"):
