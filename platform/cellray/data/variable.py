@@ -9,6 +9,7 @@ Legend: G genes, N cells.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,7 @@ from scipy import sparse
 from cellray.core.blocks import CellBlock, row_ids
 from cellray.core.errors import DataError
 
-__all__ = ["GeneMoments", "choose_variable"]
+__all__ = ["GeneMoments", "choose_variable", "choose_variable_by_batch"]
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -105,6 +106,20 @@ def _standardised(dispersion: F64, mean: F64) -> F64:
     return result
 
 
+def _ranked(moments: GeneMoments, min_cells: int) -> I64:
+    """Positions of genes that vary, the most outstanding first; none if none varies."""
+    num = moments.num_cells
+    mean = moments.total / max(num, 1)
+    variance = np.maximum(moments.square / max(num, 1) - mean**2, 0.0) * (num / max(num - 1, 1))
+    enough = moments.detected >= min(min_cells, num)
+    candidates = np.flatnonzero(enough & (variance > 0) & (mean > 0))
+    if not len(candidates):
+        return candidates
+    dispersion = np.log(variance[candidates] / mean[candidates])
+    score = _standardised(dispersion, mean[candidates])
+    return np.asarray(candidates[np.argsort(-score, kind="stable")], dtype=np.int64)
+
+
 def choose_variable(moments: GeneMoments, *, num_genes: int, min_cells: int = 3) -> I64:
     """The genes whose dispersion stands out among genes of like mean.
 
@@ -119,17 +134,42 @@ def choose_variable(moments: GeneMoments, *, num_genes: int, min_cells: int = 3)
     Raises:
         DataError: no gene varies.
     """
-    num = moments.num_cells
-    mean = moments.total / max(num, 1)
-    variance = np.maximum(moments.square / max(num, 1) - mean**2, 0.0) * (num / max(num - 1, 1))
-    enough = moments.detected >= min(min_cells, num)
-    candidates = np.flatnonzero(enough & (variance > 0) & (mean > 0))
-    if not len(candidates):
+    return choose_variable_by_batch([moments], num_genes=num_genes, min_cells=min_cells)
+
+
+def choose_variable_by_batch(
+    moments: Sequence[GeneMoments], *, num_genes: int, min_cells: int = 3
+) -> I64:
+    """Genes that stand out within batches, so that differences between batches choose none.
+
+    Each batch ranks its genes and proposes its best ``num_genes``. Taken are those of the best
+    median rank over the batches that propose them, ties by the number of these batches: the rule
+    that scGPT's integration recipe takes from scanpy (``flavor="seurat_v3", batch_key``), here on
+    this module's score.
+
+    Args:
+        moments: of the training cells of each batch.
+        num_genes: genes at most.
+        min_cells: cells of a batch that must detect a candidate.
+
+    Returns:
+        (K,) ascending gene positions; further ties go to the lower position.
+
+    Raises:
+        DataError: no gene varies in any batch.
+    """
+    num = sum(batch.num_cells for batch in moments)
+    ranks = np.full((len(moments), len(moments[0].total)), np.nan)
+    for row, batch in enumerate(moments):
+        best = _ranked(batch, min_cells)[:num_genes]
+        ranks[row, best] = np.arange(len(best))
+    votes = (~np.isnan(ranks)).sum(axis=0)
+    proposed = np.flatnonzero(votes)
+    if not len(proposed):
         raise DataError(
             f"no gene varies among the {num} training cells (detected in at least {min_cells}); "
             "train on more cells or lower min_cells"
         )
-    dispersion = np.log(variance[candidates] / mean[candidates])
-    score = _standardised(dispersion, mean[candidates])
-    best = np.argsort(-score, kind="stable")[:num_genes]
-    return np.sort(candidates[best]).astype(np.int64)
+    median = np.nanmedian(ranks[:, proposed], axis=0)
+    order = np.lexsort((proposed, -votes[proposed], median))
+    return np.sort(proposed[order[:num_genes]]).astype(np.int64)

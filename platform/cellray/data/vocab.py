@@ -134,6 +134,39 @@ class Vocab:
         """The same vocabulary with gene sets: name -> positions in ``gene_ids``."""
         return replace(self, gene_sets=dict(gene_sets))
 
+    def only(self, genes: npt.NDArray[np.int64]) -> tuple[Vocab, npt.NDArray[np.int64]]:
+        """The vocabulary of some of its genes, with token ids anew: specials, then genes.
+
+        Args:
+            genes: (K,) ascending positions in ``gene_ids``.
+
+        Returns:
+            The vocabulary, and the old token id of each of its tokens, (num_tokens,).
+        """
+        chosen = genes.tolist()
+        place = {old: new for new, old in enumerate(chosen)}
+        specials = sorted(self.specials, key=lambda name: self.specials[name])
+        kept = Vocab.from_genes(
+            [self.gene_ids[i] for i in chosen],
+            [self.symbols[i] for i in chosen],
+            specials=specials,
+        )
+        sets = None
+        if self.gene_sets is not None:
+            sets = {
+                name: tuple(place[i] for i in members if i in place)
+                for name, members in self.gene_sets.items()
+            }
+        kinds = None
+        if self.modalities is not None:
+            kinds = tuple(self.modalities[i] for i in chosen)
+        medians = None if self.medians is None else self.medians[genes]
+        tokens = [*(self.specials[name] for name in specials), *self.gene_tokens[genes].tolist()]
+        return (
+            replace(kept, medians=medians, gene_sets=sets, modalities=kinds),
+            np.array(tokens, dtype=np.int64),
+        )
+
     def match(
         self, feature_ids: Sequence[str], symbols: Sequence[str] | None = None
     ) -> npt.NDArray[np.int32]:

@@ -34,6 +34,7 @@ __all__ = [
     "ModelConfig",
     "PredictsExpression",
     "Preset",
+    "Recipe",
     "begin",
     "build_model",
     "family",
@@ -183,6 +184,23 @@ class Preset:
     source: str
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a family's source fine-tunes for a task: keys laid over those of a checkpoint.
+
+    Attributes:
+        model: keys of ``[model]``.
+        tokenizer: keys of ``[tokenizer]``.
+        objective: keys of ``[objective]``; without ``name`` it is the family's own.
+        source: where it stands.
+    """
+
+    model: Mapping[str, Any]
+    tokenizer: Mapping[str, Any]
+    objective: Mapping[str, Any]
+    source: str
+
+
 def _as_it_is(config: Any, vocab: Vocab) -> Vocab:
     return vocab
 
@@ -213,6 +231,9 @@ class Family:
         start: (config, vocab) -> weights that a new model starts with (a published gene table),
             under the model's own names; called on the driver.
         refuse_below: a cell whose best class has a lower probability is not annotated; 0 never.
+        recipes: name -> (covariate with the technical batch, genes of the vocabulary) -> recipe.
+        keep_genes: (weights, token ids to keep in their new order) -> weights of a model over those
+            tokens alone; None where the family cannot.
     """
 
     name: str
@@ -227,6 +248,11 @@ class Family:
     prepare: Callable[[Any, Vocab], Vocab] = _as_it_is
     start: Callable[[Any, Vocab], dict[str, torch.Tensor]] = _nothing
     refuse_below: float = 0.0
+    recipes: Mapping[str, Callable[[str, int], Recipe]] = field(default_factory=dict)
+    keep_genes: (
+        Callable[[Mapping[str, torch.Tensor], npt.NDArray[np.int64]], dict[str, torch.Tensor]]
+        | None
+    ) = None
 
 
 def begin(config: ModelConfig, vocab: Vocab) -> tuple[Vocab, dict[str, torch.Tensor] | None]:

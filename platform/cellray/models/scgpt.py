@@ -12,6 +12,7 @@ Legend: B cells, T tokens, D width, H heads, G genes, M hidden tokens of a batch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -24,7 +25,7 @@ from torch import nn
 from cellray.core.batch import CellBatch, ModelOutput, unpack
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.models._generation import generate_values
-from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset
+from cellray.models.base import BuildContext, CellModel, Family, ModelConfig, Preset, Recipe
 from cellray.nn.activations import Activations, Work, encoder_activations
 from cellray.nn.attention import Kernel
 from cellray.nn.blocks import Activation, BlockSpec, Encoder
@@ -41,6 +42,7 @@ Tensor = torch.Tensor
 _CLASSIFIER_HIDDEN = 2
 _TABLE_RANGE = 0.1
 _GENES_PER_CHUNK = 8_192
+_NEVER = 1_000_000_000  # steps
 
 
 class ScgptConfig(ModelConfig):
@@ -424,6 +426,34 @@ def _classifier(config: ScgptConfig, context: BuildContext, num_classes: int) ->
     return MlpClassifier(config.width, num_classes=num_classes, num_hidden=_CLASSIFIER_HIDDEN)
 
 
+def _integration(batch: str, num_genes: int) -> Recipe:
+    """All genes with their zeros, 40 % hidden by value; DSBN, batch labels, ECS, DAR."""
+    return Recipe(
+        model={
+            "batch_key": batch,
+            "batch_labels": True,
+            "domain_norm": "domain",
+            "adversary": True,
+            "expressed": True,
+            "flag": False,
+        },
+        tokenizer={"include_zeros": True, "cls_value": 0.0, "max_tokens": num_genes + 1},
+        objective={
+            "hide": "value",
+            "mask_ratios": [0.4],
+            "cell_prompt_after_steps": _NEVER,
+            "ecs_weight": 10.0,
+            "dar_weight": 1.0,
+        },
+        source="doi:10.1038/s41592-024-02201-0, batch integration",
+    )
+
+
+def _keep_genes(weights: Mapping[str, Tensor], tokens: npt.NDArray[np.int64]) -> dict[str, Tensor]:
+    table = "genes.table.weight"
+    return {**weights, table: weights[table][torch.from_numpy(tokens)]}
+
+
 FAMILY = Family(
     name="scgpt",
     config=ScgptConfig,
@@ -449,4 +479,6 @@ FAMILY = Family(
             source="doi:10.1038/s41592-024-02201-0",
         ),
     },
+    recipes={"integration": _integration},
+    keep_genes=_keep_genes,
 )

@@ -100,6 +100,7 @@ class ObjectiveUnit:
         build: (config, vocab) -> objective.
         check: (config, tokenizer's configuration) refuses tokens that it cannot work with.
         load: (config, tokens of a cell, genes of the vocabulary) -> what becomes of the cell.
+        supervised: whether it needs labels.
     """
 
     name: str
@@ -107,3 +108,4 @@ class ObjectiveUnit:
     build: Callable[[Any, Vocab], Objective]
     check: Callable[[Any, Mapping[str, Any]], None] = _anything
     load: Callable[[Any, float, int], Load] = _one_target
+    supervised: bool = False

@@ -91,4 +91,6 @@ def _build(config: ClassificationConfig, vocab: Vocab) -> Classification:
     return Classification(config)
 
 
-OBJECTIVE = ObjectiveUnit(name="classification", config=ClassificationConfig, build=_build)
+OBJECTIVE = ObjectiveUnit(
+    name="classification", config=ClassificationConfig, build=_build, supervised=True
+)

@@ -22,6 +22,7 @@ from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.core.section import Section
 
 __all__ = [
+    "OWN",
     "Split",
     "Targets",
     "Task",
@@ -29,8 +30,12 @@ __all__ = [
     "asked_cells",
     "check_columns",
     "ids_sha256",
+    "score_labels",
     "task",
 ]
+
+# Targets.objective: the one that the family is pretrained with.
+OWN = "own"
 
 I64 = npt.NDArray[np.int64]
 F32 = npt.NDArray[np.float32]
@@ -85,11 +90,17 @@ class Targets:
     """What a model is fitted to.
 
     Attributes:
-        objective: key in ``cellray.objectives``.
+        objective: key in ``cellray.objectives``, :data:`OWN` for the family's own, or "" where
+            nothing is learnt.
         classes: C names in code order, from training cells only; empty if no label is learnt.
         codes: (N,) int64 aligned with obs; -1 for a cell without label or of another class.
         settings: further keys of the objective.
         covariates: obs columns that the model is conditioned on besides those of its checkpoint.
+        recipe: key of ``Family.recipes`` that is laid over the checkpoint, "" for none; the first
+            covariate is its technical batch.
+        model: further keys laid over the model's configuration.
+        num_genes: variable genes that the model keeps of its vocabulary, chosen batch by batch on
+            training cells; 0 keeps all.
     """
 
     objective: str
@@ -97,6 +108,9 @@ class Targets:
     codes: I64
     settings: Mapping[str, Any] = field(default_factory=dict)
     covariates: tuple[str, ...] = ()
+    recipe: str = ""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    num_genes: int = 0
 
 
 def _no_labels(truth: Labels, predicted: Labels, classes: Sequence[str]) -> dict[str, float]:
@@ -119,6 +133,8 @@ class Task:
         compulsory: baselines without which no table of this task is shown.
         score: (truth, predicted, classes) -> versioned metric id -> value; of a task that is
             answered with labels.
+        score_cells: (obs of the test cells, config, truth, predicted, classes) -> further metrics
+            of such a task, which need more of the cells than their labels.
         answers: what a method gives: ``labels`` (of the test cells) or ``embedding`` (of all).
         score_embedding: (obs (N rows), config, embedding (N, D), before (N, P), seed) -> versioned
             metric id -> value; of a task that is answered with an embedding. ``before`` are the
@@ -136,6 +152,9 @@ class Task:
     headline: str
     compulsory: tuple[str, ...]
     score: Callable[[Labels, Labels, Sequence[str]], dict[str, float]] = _no_labels
+    score_cells: (
+        Callable[[pd.DataFrame, Any, Labels, Labels, Sequence[str]], dict[str, float]] | None
+    ) = None
     answers: Literal["labels", "embedding"] = "labels"
     score_embedding: Callable[[pd.DataFrame, Any, F32, F32, int], dict[str, float]] | None = None
     neighbours: bool = False
@@ -146,6 +165,34 @@ def asked_cells(unit: Task, split: Split) -> I64:
     if unit.answers == "labels":
         return split.test
     return np.sort(np.concatenate([split.train, split.validation, split.test]))
+
+
+def score_labels(
+    unit: Task,
+    obs: pd.DataFrame,
+    config: TaskConfig,
+    truth: Labels,
+    predicted: Labels,
+    classes: Sequence[str],
+) -> dict[str, float]:
+    """Every metric of a task that is answered with labels.
+
+    Args:
+        unit: the task.
+        obs: its N test cells, in the order of their joinids.
+        config: its section.
+        truth: N true labels.
+        predicted: N predicted labels.
+        classes: those of the training cells.
+
+    Raises:
+        ConfigError: the task is answered with an embedding.
+        DataError: what cannot be scored.
+    """
+    scores = unit.score(truth, predicted, classes)
+    if unit.score_cells is not None:
+        scores |= unit.score_cells(obs, config, truth, predicted, classes)
+    return scores
 
 
 def task(name: str) -> Task:

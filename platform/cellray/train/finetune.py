@@ -22,7 +22,7 @@ from cellray.guards.entry import guard_split
 from cellray.infer.embed import embed_cells
 from cellray.infer.load import LoadedModel, load
 from cellray.models.base import CellClassifier, GeneClassifier, ModelConfig, begin
-from cellray.tasks.base import Split, Targets, Task, task
+from cellray.tasks.base import Split, Targets, Task, TaskConfig, score_labels, task
 from cellray.train.adapt import PARAMETERS_FILE
 from cellray.train.answers import (
     ANSWERS_DIR,
@@ -33,15 +33,18 @@ from cellray.train.answers import (
 )
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 from cellray.train.job import TrainJob, check_job
+from cellray.train.overlay import Start, lay_over
 from cellray.train.prepare import (
     Cells,
     check_vocab,
+    encode,
     make_training_data,
     select_cells,
     store_vocab,
     total_steps,
 )
 from cellray.train.rundir import RunDirectory
+from cellray.train.score_embedding import score_embedding
 from cellray.train.tracked import fit_tracked, pinned
 from cellray.train.tracking import Tracker, check_tracking, code_version, tracking_uri
 from cellray.train.trainer import TrainResult, pick_device
@@ -76,6 +79,8 @@ class Finetuning:
         cells: the selection.
         split: training, validation and test cells.
         targets: classes and codes.
+        config: the task's section.
+        said: what of the checkpoint is not as it was.
     """
 
     job: TrainJob
@@ -83,6 +88,8 @@ class Finetuning:
     cells: Cells
     split: Split
     targets: Targets
+    config: TaskConfig
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,12 @@ def _covariates(run: FinetuneRun) -> tuple[DataSection, Mapping[str, list[str]]]
     return run.data.model_copy(update={"covariates": list(known)}), known
 
 
+def _conditioned(section: DataSection, targets: Targets) -> DataSection:
+    """The data section with the task's covariates beside those of the checkpoint."""
+    names = list(dict.fromkeys([*section.covariates, *targets.covariates]))
+    return section.model_copy(update={"covariates": names})
+
+
 def prepare_finetune(run: FinetuneRun) -> Finetuning:
     """Check a run against its checkpoint and store: labels, split, vocabulary, order, steps.
 
@@ -171,8 +184,18 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     split = unit.split(cells.keyed(), run.task, seed=run.seed)
     split = guard_split(cells, split, run.task, covariates=section.covariates).split  # type: ignore[arg-type]
     targets = unit.fit(cells.obs, run.task, split)
-    source, vocab, weights = _start(run, cells, split.train)
-    tokenizer = source.tokenizer
+    first = Start(*_start(run, cells, split.train))
+    section = _conditioned(section, targets)
+    start = lay_over(
+        first,
+        targets,
+        cells,
+        split.train,
+        covariates=encode(cells.obs, section.covariates, categories)[1],
+        statistics_cells=section.statistics_cells,
+        seed=run.seed,
+    )
+    source, vocab, tokenizer = start.manifest, start.vocab, start.manifest.tokenizer
     seen = np.isin(cells.joinids, np.concatenate([split.train, split.validation]))
     data = make_training_data(
         cells,
@@ -185,13 +208,14 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         seed=run.seed,
         categories=categories,
         extra_codes={"label": np.where(seen, targets.codes, -1)},
-        genes_chosen=_genes_chosen(run, source),
-        refuse_loss=bool(run.init_from) and not source.genes_chosen,
+        genes_chosen=_genes_chosen(run, source) or len(vocab) < len(first.vocab),
+        refuse_loss=bool(run.init_from)
+        and not source.genes_chosen
+        and len(vocab) == len(first.vocab),
     )
     data = replace(data, warnings=[*data.warnings, *split.warnings])
     manifest = replace(
         source,
-        objective={"name": targets.objective},
         data_fingerprint=data.fingerprint,
         covariates=data.covariates,
         classes=list(targets.classes),
@@ -217,12 +241,12 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
         engine=run.engine,
         scale=run.scale,
         checkpoint=run.checkpoint,
-        weights=weights,
+        weights=start.weights,
         adapt=run.adapt,
         device=device,
     )
     check_job(job)
-    return Finetuning(job, unit, cells, split, targets)
+    return Finetuning(job, unit, cells, split, targets, run.task, start.said)  # type: ignore[arg-type]
 
 
 def _genes_chosen(run: FinetuneRun, source: Manifest) -> bool:
@@ -316,7 +340,8 @@ def score_test(model: LoadedModel, prepared: Finetuning) -> tuple[dict[str, floa
     truth, names = truth_labels(prepared, test), _cell_names(prepared, test)
     answers = Answers(names, truth, predicted, confidence)
     classes = prepared.targets.classes
-    scores = prepared.task.score(truth, predicted, classes)
+    obs = prepared.cells.obs.iloc[np.searchsorted(prepared.cells.joinids, test)]
+    scores = score_labels(prepared.task, obs, prepared.config, truth, predicted, classes)
     return {**scores, **answers.scores(classes, threshold=model.cutoff)}, answers
 
 
@@ -356,6 +381,8 @@ def finetune(
     if prepared is None:
         data = pinned(run.data, run.checkpoint, run.name)
         prepared = prepare_finetune(run.model_copy(update={"data": data}))
+    for line in prepared.said:
+        say(line)
     trained = fit_tracked(
         prepared.job,
         RunDirectory(run.checkpoint.dir, run.name),
@@ -401,6 +428,9 @@ def _conclude(
                 title=f"{run.name}: test cells",
                 say=say,
             )
+    elif look_at_test and prepared.task.answers == "embedding":
+        test, pictures = score_embedding(model, prepared, trained.run_dir)
+        written = list(pictures)
     registered = ""
     if trained.mlflow_run_id:
         tracker = Tracker(uri, trained.mlflow_run_id)

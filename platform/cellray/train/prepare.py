@@ -42,6 +42,7 @@ __all__ = [
     "encode",
     "make_plan",
     "make_training_data",
+    "sample_cells",
     "select_cells",
     "store_vocab",
     "total_steps",
@@ -204,7 +205,7 @@ def store_vocab(cells: Cells, data: DataSection, tokenizer: str, train: I64, see
     file carries its own.
     """
     unit = tokenizer_unit(tokenizer)
-    chosen = _sample(train, data.statistics_cells, seed)
+    chosen = sample_cells(train, data.statistics_cells, seed)
     if data.vocab == "store":
         var = cells.store.var()
         if data.vocab_genes:
@@ -238,7 +239,7 @@ def _stored_medians(store: AnyStore, vocab: Vocab) -> npt.NDArray[np.float32]:
     return medians
 
 
-def _sample(train: I64, most: int, seed: int) -> I64:
+def sample_cells(train: I64, most: int, seed: int) -> I64:
     """At most ``most`` of the training cells, chosen by keyed draws, ascending."""
     if len(train) <= most:
         return train

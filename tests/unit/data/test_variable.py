@@ -8,13 +8,14 @@ from pathlib import Path
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 from cells_by_hand import make_counts
 from scipy import sparse
 
 from cellray.core.blocks import CellBlock
 from cellray.core.errors import DataError
-from cellray.data.variable import GeneMoments, choose_variable
+from cellray.data.variable import GeneMoments, choose_variable, choose_variable_by_batch
 
 
 def block_of(counts: np.ndarray, *, library_sizes: np.ndarray | None = None) -> CellBlock:
@@ -157,3 +158,48 @@ def test_real_pancreas_genes_are_pinned(repository: Path) -> None:
     np.testing.assert_array_equal(found, choose_variable(merged, num_genes=200))
     names = set(cells.var_names[found])
     assert {"INS", "GCG", "SST", "PPY", "REG1A", "PRSS1"} <= names
+
+
+def test_genes_are_chosen_within_batches() -> None:
+    """A gene that differs between batches alone is chosen by the pool and by no batch."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(rng.gamma(2.0, 1.0, 600), (300, 600)).astype(float)
+    batch = np.arange(300) % 3
+    counts[:, 7] = np.where(batch == 0, 60, 2)
+    counts[:, 9] = np.where(np.arange(300) % 2 == 0, 0, 40)  # varies within every batch
+    per_batch = [GeneMoments.of_counts(sparse.csr_matrix(counts[batch == b])) for b in range(3)]
+    pooled = per_batch[0] + per_batch[1] + per_batch[2]
+    assert choose_variable(pooled, num_genes=2).tolist() == [7, 9]
+    within = choose_variable_by_batch(per_batch, num_genes=5)
+    assert 9 in within
+    assert 7 not in within
+
+
+def test_batches_vote_by_median_rank() -> None:
+    """The choice by scanpy's rule, written out with pandas."""
+    batches = [
+        GeneMoments.of_counts(sparse.csr_matrix(make_counts(80, 70, seed=seed)))
+        for seed in range(4)
+    ]
+    num = 12
+    ranks = pd.DataFrame(index=range(70), columns=range(4), dtype=float)
+    for column, moments in enumerate(batches):
+        before: set[int] = set()
+        for k in range(1, num + 1):
+            best = set(choose_variable(moments, num_genes=k).tolist())
+            (added,) = best - before
+            ranks.loc[added, column], before = k, best
+    table = pd.DataFrame({"rank": ranks.median(axis=1), "votes": -ranks.notna().sum(axis=1)})
+    table["position"] = table.index
+    expected = table.dropna().sort_values(["rank", "votes", "position"]).index[:num]
+    found = choose_variable_by_batch(batches, num_genes=num)
+    assert found.tolist() == sorted(expected)
+
+
+def test_one_batch_is_the_plain_choice_and_still_batches_are_refused() -> None:
+    moments = GeneMoments.of_counts(sparse.csr_matrix(make_counts(60, 40, seed=2)))
+    one = choose_variable_by_batch([moments], num_genes=9)
+    assert one.tolist() == choose_variable(moments, num_genes=9).tolist()
+    still = GeneMoments.of_counts(sparse.csr_matrix(np.ones((5, 4))))
+    with pytest.raises(DataError, match="no gene varies among the 10 training cells"):
+        choose_variable_by_batch([still, still], num_genes=2)

@@ -69,3 +69,25 @@ def test_errors(tmp_path):
     (tmp_path / "bad").write_bytes(b"not gzip")
     with pytest.raises(DataError, match="is not a cellray vocabulary"):
         Vocab.load(tmp_path / "bad")
+
+
+def test_some_genes_of_a_vocabulary_take_tokens_anew() -> None:
+    whole = Vocab(
+        gene_ids=("g0", "g1", "g2", "g3"),
+        symbols=("A", "B", "C", "D"),
+        gene_tokens=np.array([0, 1, 2, 3], dtype=np.int32),
+        specials={"<pad>": 5, "<cls>": 4},
+        medians=np.array([1, 2, 3, 4], dtype=np.float32),
+        gene_sets={"low": (0, 1), "odd": (1, 3)},
+        modalities=("RNA", "RNA", "ADT", "RNA"),
+    )
+    part, tokens = whole.only(np.array([1, 3]))
+    assert part.gene_ids == ("g1", "g3")
+    assert part.symbols == ("B", "D")
+    assert part.specials == {"<cls>": 0, "<pad>": 1}
+    assert part.gene_tokens.tolist() == [2, 3]
+    assert tokens.tolist() == [4, 5, 1, 3]
+    assert len(tokens) == part.num_tokens
+    assert part.medians.tolist() == [2, 4]
+    assert part.gene_sets == {"low": (0,), "odd": (0, 1)}
+    assert part.modalities == ("RNA", "RNA")
