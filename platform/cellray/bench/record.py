@@ -28,6 +28,7 @@ from cellray.core.section import flatten
 from cellray.guards.answers import check_predictions, near_constant
 from cellray.metrics.bootstrap import MATRIX_SCORES, bootstrap_units
 from cellray.metrics.refusal import score_refusal
+from cellray.tasks.base import score_labels
 from cellray.train.tracking import Tracker
 
 __all__ = ["kept_answer", "kept_file", "read_rows", "record", "record_failure"]
@@ -116,7 +117,9 @@ def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
         )
     assert answer.labels is not None
     truth = setting.truth(answer.joinids)
-    scores = unit.score(truth, answer.labels, part.targets.classes)
+    obs = setting.cells.obs.iloc[setting.rows(answer.joinids)].reset_index(drop=True)
+    classes = part.targets.classes
+    scores = score_labels(unit, obs, setting.config, truth, answer.labels, classes)
     if answer.confidence is not None:
         scores |= score_refusal(
             truth, answer.labels, answer.confidence, train_classes=part.targets.classes
@@ -124,9 +127,11 @@ def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
     return scores | _unit_intervals(setting, part, answer, truth)
 
 
-def _constant(setting: Setting, answer: Answer) -> list[str]:
+def _constant(setting: Setting, entry: Entry, answer: Answer) -> list[str]:
     """A remark on a method that says the same of all cells."""
     given = answer.embedding if answer.labels is None else answer.labels
+    if entry.kind == "baseline" and answer.labels is not None:
+        return []  # the majority does so by design
     assert given is not None
     truth = None if answer.labels is None else setting.truth(answer.joinids)
     remark = near_constant(given, truth)
@@ -151,7 +156,7 @@ def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list
     if answer.probed is None:
         num = len(answer.joinids)
         check_predictions(answer.labels, answer.confidence, answer.embedding, num)
-        remarks += _constant(setting, answer)
+        remarks += _constant(setting, entry, answer)
     file, digest = _keep_answer(setting, entry, part.seed, answer)
     scores, lost = _finite(_scores(setting, part, answer))
     if answer.probed is None and setting.unit.headline not in scores:
