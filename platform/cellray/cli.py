@@ -90,8 +90,21 @@ def _parser() -> argparse.ArgumentParser:
             help="a TileDB setting, e.g. vfs.s3.endpoint_override=http://localhost:9000",
         )
     _add_compare(commands)
+    _add_published(commands)
     commands.add_parser("doctor", help="what this machine has, what is missing, what to do")
     return parser
+
+
+def _add_published(commands: Any) -> None:
+    text = "published benchmark files: what is known and present, and one as a store"
+    known = commands.add_parser("published", help=text, description=text)
+    known.add_argument("name", nargs="?", default="", metavar="NAME", help="none: list them")
+    known.add_argument("--folder", default="", help="where files lie ($CELLRAY_DATA/published)")
+    known.add_argument("--store", default="", help="the store to make")
+    known.add_argument("--pins", default="", metavar="FILE.toml", help="with [published.sha256]")
+    known.add_argument(
+        "--leave-out", action="store_true", help="leave out batches that hold no counts"
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -282,6 +295,33 @@ def _compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _published(arguments: argparse.Namespace) -> int:
+    from cellray.data.published import default_folder, listing, published, read_pins
+
+    folder = Path(arguments.folder) if arguments.folder else default_folder()
+    if not arguments.name:
+        for line in listing(folder):
+            print(line)
+        return 0
+    published(arguments.name)
+    if folder is None or not arguments.store:
+        given = "--store" if folder else "--folder (or set CELLRAY_DATA)"
+        raise ConfigError(f"cellray published {arguments.name} needs {given}")
+    from cellray.data.published_store import make_store
+
+    made = make_store(
+        arguments.name,
+        folder,
+        arguments.store,
+        pins=read_pins(arguments.pins) if arguments.pins else {},
+        leave_out=arguments.leave_out,
+        progress=say,
+    )
+    for line in made.lines():
+        print(line)
+    return 0
+
+
 def _doctor() -> int:
     from cellray.ops.doctor import doctor
 
@@ -317,6 +357,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return _import_weights(arguments)
         if arguments.command == "compare":
             return _compare(arguments)
+        if arguments.command == "published":
+            return _published(arguments)
         return _doctor()
     except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)
