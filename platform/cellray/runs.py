@@ -249,29 +249,56 @@ class TuneRun(Run):
 
     Attributes:
         base: fine-tuning configuration file that every trial starts from.
-        search: key path -> list of choices, or ``{low, high, scale = "log" | "linear"}``.
-        trials: configurations tried.
-        concurrent: trials at a time.
-        metric: a validation metric; trials are compared by it.
+        search: key path -> list of choices, or ``{low, high, scale = "log" | "linear"}``, with
+            ``points`` where a grid is to walk it.
+        algorithm: where the values of a trial come from: ``random`` draws, a ``grid``, or
+            ``optuna``, which proposes them from the trials before (TPE).
+        scheduler: ``asha`` stops the worse trials early, ``pbt`` has them take over the weights of
+            the better ones and go on with other values, ``none`` lets all trials end.
+        trials: configurations tried; 0 takes the whole grid, or 4.
+        concurrent: trials at a time; the whole population with ``pbt``.
+        trial_cpus: logical CPUs that a trial reserves beside the workers of its training run.
+        metric: a validation metric that reports carry; trials are compared by it.
         mode: whether it is minimised or maximised.
         grace_reports: reports a trial may make before ASHA may stop it.
         reduction_factor: ASHA keeps one in this many at each rung.
-        time_limit_s: the sweep stops after it; 0 has no limit.
+        exploit_reports: reports between two moments at which ``pbt`` compares a trial.
+        exploit_fraction: the worst share of the population takes over the best share's weights.
+        time_limit_s: a start of the sweep ends after it, with the best so far; 0 has no limit.
         overrides: ``section.key=value`` laid over the base.
     """
 
     base: str
     search: dict[str, Any]
-    trials: int = Field(default=4, ge=1)
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    trials: int = Field(default=0, ge=0)
     concurrent: int = Field(default=1, ge=1)
+    trial_cpus: float = Field(default=0.5, gt=0)
     metric: str = "validation/loss"
     mode: Literal["min", "max"] = "min"
     grace_reports: int = Field(default=1, ge=1)
     reduction_factor: int = Field(default=2, ge=2)
+    exploit_reports: int = Field(default=2, ge=1)
+    exploit_fraction: float = Field(default=0.25, gt=0, le=0.5)
     time_limit_s: float = Field(default=0, ge=0)
     overrides: list[str] = []
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _judged_on_validation(self) -> TuneRun:
+        if not self.metric.startswith("validation/"):
+            raise ValueError(
+                f"metric = '{self.metric}': trials are compared on validation cells only; give a "
+                "metric of theirs, e.g. 'validation/loss'"
+            )
+        if self.scheduler == "pbt" and self.algorithm == "optuna":
+            raise ValueError(
+                "scheduler = 'pbt' changes values while trials train, and cannot follow "
+                "algorithm = 'optuna'; choose 'random' or 'grid', or scheduler = 'asha'"
+            )
+        return self
 
 
 # job -> (section, "module:function" that executes it)
