@@ -9,13 +9,7 @@ import numpy.typing as npt
 from pydantic import Field
 from scipy import sparse
 
-from cellray.baselines._features import (
-    Components,
-    FeatureConfig,
-    GeneFeatures,
-    fit_components,
-    fit_genes,
-)
+from cellray.baselines._features import ComponentConfig, Projection, fit_projection
 from cellray.baselines._vote import NUM_NEIGHBORS, neighbour_vote
 from cellray.baselines.base import BaselineUnit, Labelled, check_training
 
@@ -25,18 +19,16 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 
-class KnnConfig(FeatureConfig):
+class KnnConfig(ComponentConfig):
     """Keys of the neighbour vote.
 
     Attributes:
         num_neighbors: training cells that vote, each with one vote (all of them if there are
             fewer); a tie goes to the class of the nearest among the tied.
-        num_components: principal components.
     """
 
     name: str = "knn"
     num_neighbors: int = Field(default=NUM_NEIGHBORS, ge=1)
-    num_components: int = Field(default=50, ge=1)
 
 
 @dataclass(frozen=True)
@@ -48,8 +40,7 @@ class _Knn:
         labels: (N,) their codes.
     """
 
-    genes: GeneFeatures
-    components: Components
+    projection: Projection
     reference: F32
     labels: I64
     num_neighbors: int
@@ -62,7 +53,7 @@ class _Knn:
         return Labelled(codes, share, embedding)
 
     def embed(self, counts: sparse.csr_matrix) -> F32:
-        return self.components.apply(self.genes.apply(counts))
+        return self.projection.apply(counts)
 
     def predict(self, counts: sparse.csr_matrix) -> I64:
         return self.answer(counts).codes
@@ -70,11 +61,8 @@ class _Knn:
 
 def _fit(config: KnnConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Knn:
     check_training(counts, labels)
-    genes = fit_genes(counts, config)
-    scaled = genes.apply(counts)
-    components = fit_components(scaled, config.num_components)
-    reference = components.apply(scaled)
-    return _Knn(genes, components, reference, labels, config.num_neighbors)
+    projection = fit_projection(counts, config)
+    return _Knn(projection, projection.apply(counts), labels, config.num_neighbors)
 
 
 BASELINE = BaselineUnit(

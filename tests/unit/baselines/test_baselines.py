@@ -124,7 +124,7 @@ def test_knn_agrees_with_scikit_learn_on_the_same_genes() -> None:
     unit, config = unit_and_config("knn")
     config = config.model_copy(update={"num_neighbors": 7, "num_components": 6})  # type: ignore[attr-defined]
     predictor = unit.fit(config, counts[:150], labels[:150], 0)
-    genes = predictor.genes  # type: ignore[attr-defined]
+    genes = predictor.projection.genes  # type: ignore[attr-defined]
     scaled = genes.apply(counts).toarray().astype(np.float64)
     pca = PCA(6, svd_solver="full").fit(scaled[:150])
     other = KNeighborsClassifier(7).fit(pca.transform(scaled[:150]), labels[:150])
