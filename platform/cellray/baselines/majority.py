@@ -29,14 +29,19 @@ class MajorityConfig(BaselineConfig):
 
 @dataclass(frozen=True)
 class _Majority:
+    """Attributes: ``share`` of the training cells that have the class ``label``."""
+
     num_genes: int
-    code: int
+    label: int
     share: float
 
-    def label(self, counts: sparse.csr_matrix) -> Labelled:
+    def answer(self, counts: sparse.csr_matrix) -> Labelled:
         check_genes(counts, self.num_genes)
         num = counts.shape[0]
-        return Labelled(np.full(num, self.code, dtype=np.int64), np.full(num, self.share))
+        return Labelled(np.full(num, self.label, dtype=np.int64), np.full(num, self.share))
+
+    def predict(self, counts: sparse.csr_matrix) -> I64:
+        return self.answer(counts).codes
 
     def embed(self, counts: sparse.csr_matrix) -> None:
         return None
@@ -44,9 +49,9 @@ class _Majority:
 
 def _fit(config: MajorityConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Majority:
     check_training(counts, labels)
-    frequency = np.bincount(labels)
-    share = float(frequency.max() / len(labels))
-    return _Majority(counts.shape[1], int(frequency.argmax()), share)
+    frequencies = np.bincount(labels)
+    label = int(frequencies.argmax())
+    return _Majority(counts.shape[1], label, float(frequencies[label] / len(labels)))
 
 
 BASELINE = BaselineUnit(

@@ -71,12 +71,11 @@ def compulsory_of(setting: Setting) -> list[str]:
 
 
 def _check_answers(unit: Task, found: BaselineUnit) -> None:
-    """A baseline must be able to answer: with labels, or, by an embedding, a probe or the truth."""
-    gives_labels = found.fit is not None or found.embed is not None or found.answer is not None
-    if unit.answers == "labels" and not gives_labels:
+    """A baseline must be able to answer; one of labels is probed in a table of embeddings."""
+    if unit.answers == "labels" and "labels" not in found.answers:
         raise ConfigError(
-            f"baseline '{found.name}' gives no labels, which task '{unit.name}' asks for; leave it "
-            "out of baselines"
+            f"baseline '{found.name}' gives no labels ({found.title}), which task '{unit.name}' "
+            "asks for; leave it out of baselines"
         )
 
 

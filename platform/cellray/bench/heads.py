@@ -16,7 +16,8 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cellray.baselines._features import one_thread
-from cellray.baselines.base import Labelled, vote_of_nearest
+from cellray.baselines._vote import neighbour_vote
+from cellray.baselines.base import Labelled
 from cellray.baselines.logistic import inner_folds
 
 __all__ = ["HEAD_TRIALS", "logistic_head", "neighbour_head"]
@@ -76,5 +77,5 @@ def logistic_head(points: F32, labels: I64, asked: F32, *, seed: int) -> Labelle
 
 def neighbour_head(points: F32, labels: I64, asked: F32, *, k: int) -> Labelled:
     """The vote of the ``k`` nearest training cells (L2), confidence their share."""
-    codes, confidence = vote_of_nearest(points, labels, asked, k)
+    codes, confidence = neighbour_vote(points, labels, asked, k)
     return Labelled(codes=codes, confidence=confidence, embedding=asked)

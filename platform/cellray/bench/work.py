@@ -122,13 +122,13 @@ def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
     unit = baseline(entry.unit)
     config = unit.config(name=unit.name)
     started = time.perf_counter()
-    if setting.unit.answers == "embedding" and unit.embed is None and unit.tell is None:
+    if setting.unit.answers == "embedding" and "embedding" not in unit.answers:
         answer = Answer(part.asked, probed=_probed(setting, part, unit, config))
     elif setting.unit.answers == "embedding":
         joinids = part.asked
         cells = setting.counts(joinids)
-        labels = setting.label_codes(joinids) if unit.tell is not None else None
-        embedding = embed_with(unit, config, cells, part.seed, labels=labels)
+        truth = setting.label_codes(joinids) if unit.needs_labels else None
+        embedding = embed_with(unit, config, cells, part.seed, truth=truth)
         answer = Answer(joinids, embedding=embedding)
     else:
         joinids = part.split.test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import anndata as ad
 import numpy as np
@@ -122,7 +123,7 @@ def test_shuffled_labels_come_as_often_as_in_training():
 def test_an_optional_package_that_is_missing_is_named():
     unit = baseline("scvi")
     with pytest.raises(ConfigError, match=r"'scvi' needs the package nowhere.*cellray\[scvi\]"):
-        check_available(unit.__class__(**{**unit.__dict__, "requires": ("nowhere",)}))
+        check_available(replace(unit, requires=("nowhere",)))
 
 
 def test_a_baseline_that_does_not_fit_the_task_is_refused():
@@ -156,8 +157,8 @@ def cellmix(cellray_data):
 def scores_of(name, cellmix):
     cells, labels = cellmix
     unit, config = config_of(name)
-    told = labels if unit.tell is not None else None
-    embedding = embed_with(unit, config, cells, 0, labels=told)
+    told = labels if unit.needs_labels else None
+    embedding = embed_with(unit, config, cells, 0, truth=told)
     before = embed_with(*config_of("pca"), cells, 0)
     return score_integration(
         embedding, labels.astype(str), cells.batches.astype(str), before=before

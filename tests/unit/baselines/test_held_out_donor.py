@@ -48,7 +48,7 @@ def scores_of(
     predictor: Predictor, counts: sparse.csr_matrix, obs: pd.DataFrame, found: tuple[Split, Targets]
 ) -> dict[str, float]:
     split, targets = found
-    guess = np.array(targets.classes)[predictor.label(counts[split.test]).codes]
+    guess = np.array(targets.classes)[predictor.predict(counts[split.test])]
     return TASK.score(obs["cell_type"].astype(str).to_numpy()[split.test], guess, targets.classes)
 
 
@@ -127,7 +127,7 @@ def test_a_real_donor_scores_where_it_was_measured(
     assert found["n_items"] == 668
     assert found["accuracy.v1"] == pytest.approx(accuracy, abs=0.006)
     assert found["macro_f1.test.v1"] == pytest.approx(macro_f1, abs=0.03)
-    together = predictor.label(counts[split.test]).codes
+    together = predictor.predict(counts[split.test])
     some = np.arange(0, len(split.test), 16)
-    alone = [int(predictor.label(counts[split.test[i : i + 1]]).codes[0]) for i in some]
+    alone = [int(predictor.predict(counts[split.test[i : i + 1]])[0]) for i in some]
     assert alone == together[some].tolist()
