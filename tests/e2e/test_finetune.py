@@ -1,8 +1,7 @@
-"""Fine-tuning, the registered model, the benchmark and the sweep, on real components."""
+"""Fine-tuning, the registered model and the embedding, on real components."""
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import anndata as ad
@@ -13,12 +12,11 @@ import pytest
 
 import cellray
 from cellray.core.errors import ConfigError, DataError
-from cellray.core.section import read_toml, to_dict, to_toml
 from cellray.data.corpus import overlap, read_corpus
 from cellray.data.soma import open_store
 from cellray.infer.load import load
 from cellray.ops.show import show
-from cellray.runs import build_run, load_run, run_job
+from cellray.runs import build_run, run_job
 from cellray.train.finetune import predict_cells, prepare_finetune
 from cellray.train.prepare import select_cells
 from cellray.train.saving import committed
@@ -190,117 +188,6 @@ def test_a_store_without_common_genes_is_refused(pretrained, tmp_path):
     ingest(IngestConfig(files=[str(tmp_path / "other.h5ad")], uri=uri))
     with pytest.raises(DataError, match="no gene in common|has no gene of|shares no gene"):
         run_job(finetune_run(uri, tmp_path, init_from=pretrained))
-
-
-def benchmark_raw(uri, folder, methods):
-    return {
-        "name": "bench",
-        "seeds": [0, 1],
-        "methods": methods,
-        "task": finetune_raw(uri, folder)["task"],
-        "data": {"uri": uri},
-        "checkpoint": {"dir": str(folder)},
-    }
-
-
-def test_a_benchmark_compares_tracks_and_goes_on(pretrained, small_store, tmp_path):
-    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
-    good.write_text(to_toml(finetune_raw(small_store, tmp_path, init_from=pretrained)))
-    raw = finetune_raw(small_store, tmp_path, init_from=pretrained)
-    bad.write_text(to_toml(raw | {"scale": {"workers": 1, "cpus_per_worker": 500.0}}))
-    config = benchmark_raw(small_store, tmp_path, {"tuned": str(good), "broken": str(bad)})
-    result = run_job(build_run("benchmark", config))
-    board = result.table.set_index("method")
-    assert set(board.index) == {"majority", "logistic", "knn", "tuned", "broken"}
-    assert board.loc["tuned", "n_seeds"] == 2
-    assert board.loc["logistic", "accuracy.v1"] > 0.9
-    assert board.loc["majority", "accuracy.v1"] == pytest.approx(1 / 3)
-    assert board.loc["tuned", "accuracy.v1"] > 0.7
-    # a run that failed is shown as failed, never as zero
-    assert np.isnan(board.loc["broken", "accuracy.v1"])
-    assert board.loc["broken", "n_failed"] == 2
-    assert "failed" in result.text
-    assert "the run reserves" in result.text
-    assert Path(result.umap_path).stat().st_size > 10_000
-    assert result.open_command.startswith("mlflow ui --backend-store-uri sqlite:///")
-
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("benchmark-annotation").experiment_id
-    query = f"tags.`mlflow.parentRunId` = '{result.mlflow_run_id}'"
-    children = client.search_runs([experiment], query)
-    assert len(children) == 10
-    assert {c.info.status for c in children} == {"FINISHED", "FAILED"}
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment("benchmark-annotation")
-    table = mlflow.load_table("tables/leaderboard.json", run_ids=[result.mlflow_run_id])
-    assert set(table["method"]) == set(board.index)
-    scores = [c.data.metrics["accuracy.v1"] for c in children if "tuned" in c.info.run_name]
-    assert np.mean(scores) == pytest.approx(board.loc["tuned", "accuracy.v1"])
-
-    # again: finished cells of the table are kept, the failed one is tried again
-    said: list[str] = []
-    again = run_job(build_run("benchmark", config), said.append)
-    assert again.mlflow_run_id == result.mlflow_run_id
-    assert not [line for line in said if line.startswith(("tuned", "logistic"))]
-    assert [line for line in said if line.startswith("broken seed 0: failed")]
-    pd.testing.assert_frame_equal(
-        again.table.set_index("method").loc[["tuned", "knn"], ["accuracy.v1"]],
-        board.loc[["tuned", "knn"], ["accuracy.v1"]],
-    )
-
-
-def test_a_table_without_logistic_regression_is_not_made(small_store, tmp_path):
-    config = benchmark_raw(small_store, tmp_path, {}) | {"baselines": ["majority", "knn"]}
-    with pytest.raises(ConfigError, match=r"lacks logistic; a table of task 'annotation'"):
-        run_job(build_run("benchmark", config))
-
-
-@pytest.mark.slow
-def test_a_sweep_finds_the_better_learning_rate_and_writes_it(pretrained, small_store, tmp_path):
-    base = tmp_path / "base.toml"
-    raw = finetune_raw(small_store, tmp_path, init_from=pretrained)
-    raw["train"] = {"steps": 24, "eval_every_steps": 6}
-    raw["checkpoint"] = {"dir": str(tmp_path)}
-    base.write_text(to_toml(raw))
-    sweep = {
-        "name": "sweep",
-        "base": str(base),
-        "search": {"optim.lr": [1e-6, 1e-2], "adapt.mode": ["full"]},
-        "trials": 4,
-        "seed": 4,
-        "checkpoint": {"dir": str(tmp_path / "runs")},
-    }
-    interrupt = signal.getsignal(signal.SIGINT)
-    result = run_job(build_run("tune", sweep))
-    assert signal.getsignal(signal.SIGINT) is interrupt
-    table = result.table.set_index("trial")
-    assert len(table) == 4
-    assert set(table["optim.lr"]) == {1e-6, 1e-2}
-    assert table.loc[result.best_trial, "optim.lr"] == 1e-2
-    assert "stopped early" in set(table["state"])
-    assert table.loc[result.best_trial, "state"] == "finished"
-    best = load_run("finetune", result.best_config)
-    assert to_dict(best)["optim"]["lr"] == 1e-2
-    assert best.checkpoint.dir == str(tmp_path / "runs")
-    assert read_toml(result.best_config)["name"] == "sweep-best"
-
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("tune").experiment_id
-    query = f"tags.`mlflow.parentRunId` = '{result.mlflow_run_id}'"
-    children = client.search_runs([experiment], query)
-    assert len(children) == 4
-    assert "RUNNING" not in {c.info.status for c in children}
-    assert not any("test/accuracy.v1" in c.data.metrics for c in children)
-    assert client.get_run(result.mlflow_run_id).info.status == "FINISHED"
-
-
-def test_a_sweep_over_an_unknown_key_is_refused(pretrained, small_store, tmp_path):
-    base = tmp_path / "base.toml"
-    base.write_text(to_toml(finetune_raw(small_store, tmp_path, init_from=pretrained)))
-    sweep = {"name": "s", "base": str(base), "search": {"optim.lrr": [1.0]}}
-    with pytest.raises(ConfigError, match=r"unknown key 'optim.lrr'\. Did you mean 'lr'"):
-        run_job(build_run("tune", sweep | {"checkpoint": {"dir": str(tmp_path)}}))
 
 
 def test_embed_writes_cells_and_a_picture(pretrained, small_store, tmp_path):
