@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -125,9 +126,7 @@ def test_the_table_is_the_childrens(made):
 
 
 def test_answers_are_kept_and_their_hash_is_in_the_row(made):
-    import hashlib
-
-    _, result, folder = made
+    _, _, folder = made
     rows = json.loads((folder / "bench" / "store" / "results" / "tuned-seed0.json").read_text())
     answers = folder / "bench" / rows[0]["predictions_uri"]
     assert hashlib.sha256(answers.read_bytes()).hexdigest() == rows[0]["predictions_sha256"]
