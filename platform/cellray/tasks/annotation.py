@@ -65,7 +65,6 @@ class AnnotationConfig(TaskConfig):
     """Keys of the annotation task.
 
     Attributes:
-        label: obs column with the cell type.
         ignore_labels: values of it that mean "no label".
         split: how cells are divided.
         donor_columns: obs columns that would make better units than single cells: a split by
@@ -73,7 +72,6 @@ class AnnotationConfig(TaskConfig):
     """
 
     name: str = "annotation"
-    label: str = "cell_type"
     ignore_labels: list[str] = ["", "nan", "NA", "unknown"]
     split: AnnotationSplit
     donor_columns: list[str] = ["donor_id", "donor", "patient", "individual", "subject"]

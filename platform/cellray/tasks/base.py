@@ -1,8 +1,9 @@
 """What a task is: what it needs of a model, how cells are split, what is learnt, how it is scored.
 
-A task asks for capabilities, never for a family, and knows nothing of how training is run.
+A task asks for capabilities, never for a family, and knows nothing of how training is run. A method
+answers with a label and a confidence for every test cell, or with a vector for every cell.
 
-Legend: N cells of the selection, C classes.
+Legend: N cells of the selection, C classes, D width of an embedding, P principal components.
 """
 
 from __future__ import annotations
@@ -10,19 +11,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
 from cellray.core import registry
-from cellray.core.errors import DataError, did_you_mean
+from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.core.section import Section
 
-__all__ = ["Split", "Targets", "Task", "TaskConfig", "check_columns", "ids_sha256", "task"]
+__all__ = [
+    "Split",
+    "Targets",
+    "Task",
+    "TaskConfig",
+    "asked_cells",
+    "check_columns",
+    "ids_sha256",
+    "task",
+]
 
 I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
 Labels = Sequence[str] | npt.NDArray[np.generic]
 
 
@@ -31,9 +42,14 @@ class TaskConfig(Section):
 
     Attributes:
         name: the task's module name.
+        label: obs column with the truth.
+        batch: obs column with the batch (donor, sample, technology) that methods may correct for
+            and that guards look at; "" if there is none.
     """
 
     name: str
+    label: str = "cell_type"
+    batch: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,13 +83,21 @@ class Targets:
 
     Attributes:
         objective: key in ``cellray.objectives``.
-        classes: C names in code order, from training cells only.
+        classes: C names in code order, from training cells only; empty if no label is learnt.
         codes: (N,) int64 aligned with obs; -1 for a cell without label or of another class.
+        settings: further keys of the objective.
+        covariates: obs columns that the model is conditioned on besides those of its checkpoint.
     """
 
     objective: str
     classes: tuple[str, ...]
     codes: I64
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    covariates: tuple[str, ...] = ()
+
+
+def _no_labels(truth: Labels, predicted: Labels, classes: Sequence[str]) -> dict[str, float]:
+    raise ConfigError("this task is answered with an embedding: it has no labels to score")
 
 
 @dataclass(frozen=True)
@@ -88,9 +112,16 @@ class Task:
             others.
         split: (obs, config, seed=...) -> split; pure.
         fit: (obs, config, split) -> what is learnt, from training cells only.
-        score: (truth, predicted, classes) -> versioned metric id -> value.
         headline: the metric id that tables are sorted by.
         compulsory: baselines without which no table of this task is shown.
+        score: (truth, predicted, classes) -> versioned metric id -> value; of a task that is
+            answered with labels.
+        answers: what a method gives: ``labels`` (of the test cells) or ``embedding`` (of all).
+        score_embedding: (obs (N rows), config, embedding (N, D), before (N, P), seed) -> versioned
+            metric id -> value; of a task that is answered with an embedding. ``before`` are the
+            principal components of the same cells without integration.
+        neighbours: whether a model that embeds cells answers by its nearest training cells instead
+            of a classifier of its own.
     """
 
     name: str
@@ -99,9 +130,19 @@ class Task:
     columns: Callable[[Any, Sequence[str]], list[str]]
     split: Callable[..., Split]
     fit: Callable[[pd.DataFrame, Any, Split], Targets]
-    score: Callable[[Labels, Labels, Sequence[str]], dict[str, float]]
     headline: str
     compulsory: tuple[str, ...]
+    score: Callable[[Labels, Labels, Sequence[str]], dict[str, float]] = _no_labels
+    answers: Literal["labels", "embedding"] = "labels"
+    score_embedding: Callable[[pd.DataFrame, Any, F32, F32, int], dict[str, float]] | None = None
+    neighbours: bool = False
+
+
+def asked_cells(unit: Task, split: Split) -> I64:
+    """Ascending joinids that a method answers for: the test cells, or all for an embedding."""
+    if unit.answers == "labels":
+        return split.test
+    return np.sort(np.concatenate([split.train, split.validation, split.test]))
 
 
 def task(name: str) -> Task:
