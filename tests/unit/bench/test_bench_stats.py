@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 from cellray.bench.stats import (
     holm,
-    paired_bootstrap,
     paired_difference,
     paired_t,
     summarise,
@@ -121,29 +119,23 @@ def test_paired_t_and_the_interval_say_the_same() -> None:
         assert (paired_t(values) < 0.05) == outside
 
 
-def test_paired_bootstrap_with_the_same_draws_by_hand() -> None:
-    values = np.array([0.2, -0.1, 0.3, 0.25, 0.05])
-    draws = np.random.default_rng(0).integers(0, 5, (400, 5))
-    below = above = 1
-    for draw in draws:
-        mean = sum(values[i] for i in draw) / 5
-        below += mean <= 0
-        above += mean >= 0
-    expected = 2 * min(below, above) / 401
-    assert paired_bootstrap(list(values), draws) == pytest.approx(expected, abs=1e-12)
-    assert paired_bootstrap([0.0, 0.0], draws % 2) == 1.0
-    assert paired_bootstrap([1.0] * 5, draws) == pytest.approx(2 / 401)
-
-
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert holm([]) == []
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_holm_agrees_with_statsmodels(values: list[float]) -> None:
-    assert holm(values) == pytest.approx(list(multipletests(values, method="holm")[1]), abs=1e-12)
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(values: list[float]) -> None:
+    """A method's p is the largest Bonferroni p of any set of methods that it belongs to."""
+    num = len(values)
+    expected = [0.0] * num
+    for size in range(1, num + 1):
+        for chosen in itertools.combinations(range(num), size):
+            bonferroni = min(1.0, size * min(values[i] for i in chosen))
+            for i in chosen:
+                expected[i] = max(expected[i], bonferroni)
+    assert holm(values) == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_method_without_a_test_does_not_count_among_the_tests() -> None:

@@ -11,9 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 from rows_by_hand import HEAD, baselines, row, runs
 
+from cellray.bench.children import ERROR_TAG, ROW_TAG, row_tag, rows_of_child
 from cellray.bench.compare import compare, merged
 from cellray.bench.facts import facts_of
-from cellray.bench.table import ResultRow, failed_rows, scores_of
+from cellray.bench.table import ResultRow, failed_rows, row_from, scores_of
 from cellray.cli import main
 from cellray.core.errors import ConfigError, DataError, TrackingError
 from cellray.train.tracking import Tracker
@@ -33,29 +34,36 @@ def by_run(rows: Sequence[ResultRow]) -> dict[tuple[str, int | None], list[Resul
     return found
 
 
-def log(uri: str, rows: Sequence[ResultRow], name: str, tmp_path: Path, **tags: str) -> Tracker:
+def log(
+    uri: str,
+    rows: Sequence[ResultRow],
+    name: str,
+    tmp_path: Path,
+    experiment: str = "benchmark-annotation",
+    **tags: str,
+) -> Tracker:
     """A parent with a picture and a child for each (method, seed), as a benchmark logs them."""
     first = rows[0]
     known = {"task": first.task, "dataset": first.dataset_id, "split": first.split_id} | tags
     parent = Tracker.start(
         uri,
-        experiment="benchmark-annotation",
+        experiment=experiment,
         name=name,
         tags={f"cellray.{key}": value for key, value in known.items()},
     )
     for (method, seed), own in by_run(rows).items():
         child = Tracker.start(
             uri,
-            experiment="benchmark-annotation",
+            experiment=experiment,
             name=f"{method}-seed{seed}",
             parent=parent.run_id,
         )
         bad = own[0].status != "ok"
         status = own[0].status if bad else "skipped"
         template = replace(own[0], metric_id="", value=None, error="", status=status)
-        child.tag("cellray.row", json.dumps(asdict(template)))
+        child.tag(ROW_TAG, row_tag(template))
         if bad:
-            child.tag("cellray.error", own[0].error)
+            child.tag(ERROR_TAG, own[0].error)
         else:
             child.metrics({**scores_of(own), "loss": 0.3})
     Figure(figsize=(1, 1)).savefig(tmp_path / "umap.png")
@@ -65,9 +73,9 @@ def log(uri: str, rows: Sequence[ResultRow], name: str, tmp_path: Path, **tags: 
     return parent
 
 
-@pytest.fixture
-def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
 
 
 def test_a_tracked_benchmark_over_two_data_sets(
@@ -100,12 +108,10 @@ def test_a_tracked_benchmark_over_two_data_sets(
 
 
 def test_an_experiment_and_a_run_by_id(uri: str, tmp_path: Path) -> None:
-    first = log(uri, results(), "first", tmp_path)
-    log(uri, results("other"), "second", tmp_path)
+    first = log(uri, results(), "first", tmp_path, "two")
+    log(uri, results("other"), "second", tmp_path, "two")
     told: list[str] = []
-    page = compare(
-        ["benchmark-annotation"], told.append, html=str(tmp_path / "a.html"), mlflow_uri=uri
-    )
+    page = compare(["two"], told.append, html=str(tmp_path / "a.html"), mlflow_uri=uri)
     assert {t for t in told if t.startswith("annotation: ") and "all" not in t} == {
         "annotation: pancreas (donor)",
         "annotation: other (donor)",
@@ -119,13 +125,37 @@ def test_an_experiment_and_a_run_by_id(uri: str, tmp_path: Path) -> None:
 
 
 def test_the_newest_parent_of_an_experiment_counts(uri: str, tmp_path: Path) -> None:
-    log(uri, results(), "old", tmp_path)
+    log(uri, results(), "old", tmp_path, "again")
     newer = [replace(r, value=0.95 if r.method == "model" else r.value) for r in results()]
-    log(uri, newer, "new", tmp_path)
+    log(uri, newer, "new", tmp_path, "again")
     told: list[str] = []
-    compare(["benchmark-annotation"], told.append, html=str(tmp_path / "a.html"), mlflow_uri=uri)
+    compare(["again"], told.append, html=str(tmp_path / "a.html"), mlflow_uri=uri)
     assert "0.950" in "\n".join(told)
     assert "model [" not in "\n".join(told)
+
+
+def test_a_tag_says_all_and_stays_short_enough_for_mlflow() -> None:
+    one = row("m", None, 3, status="skipped", metric_id="", gpu_hours=0.5, remarks=("slow",))
+    assert row_from(json.loads(row_tag(one))) == one
+    long = replace(one, params_json=json.dumps({"x": "y" * 9000}), config_sha256="aa")
+    assert len(row_tag(long)) < 8000
+    assert row_from(json.loads(row_tag(long))) == replace(one, config_sha256="aa")
+
+
+def test_a_tag_that_was_cut_is_named(uri: str) -> None:
+    child = Tracker.start(uri, experiment="cut", name="m")
+    child.tag(ROW_TAG, row_tag(row("m", 0.5))[:40])
+    with pytest.raises(DataError, match=f"run '{child.run_id}': its tag cellray.row is no whole"):
+        rows_of_child(child.run())
+
+
+def test_how_a_run_died_is_kept(uri: str) -> None:
+    child = Tracker.start(uri, experiment="died", name="m")
+    child.tag(ROW_TAG, row_tag(row("m", None, 0, status="skipped", metric_id="")))
+    child.tag(ERROR_TAG, "lost")
+    assert [(r.status, r.error) for r in rows_of_child(child.run())] == [("failed", "lost")]
+    child.tag(ROW_TAG, row_tag(row("m", None, 0, status="timeout", metric_id="")))
+    assert rows_of_child(child.run())[0].status == "timeout"
 
 
 def keep(folder: Path, rows: Sequence[ResultRow]) -> Path:
