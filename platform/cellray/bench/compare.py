@@ -157,8 +157,8 @@ def _tracked(uri: str, run_id: str, folder: Path | None) -> list[Found]:
 
 
 def _newest(uri: str, parents: Sequence[Any], folder: Path | None, what: str) -> list[Found]:
-    """The first of each task, data set and split, with its results."""
-    seen: dict[tuple[str, ...], Found] = {}
+    """The first of each task, data set and split, with its results, in the order of their start."""
+    seen: dict[tuple[str, ...], tuple[int, Found]] = {}
     tagged: set[tuple[str, ...]] = set()
     for parent in parents:
         tags = parent.data.tags
@@ -168,10 +168,10 @@ def _newest(uri: str, parents: Sequence[Any], folder: Path | None, what: str) ->
         one = _of_parent(uri, parent, folder)
         if one is not None:
             tagged.add(key)
-            seen.setdefault(one.key, one)
+            seen.setdefault(one.key, (parent.info.start_time, one))
     if not seen:
         raise DataError(f"{what} holds no results of a benchmark; give its parent run")
-    return list(seen.values())
+    return [one for _, one in sorted(seen.values(), key=lambda pair: pair[0])]
 
 
 def _of_parent(uri: str, parent: Any, folder: Path | None) -> Found | None:

@@ -123,10 +123,15 @@ class Method:
         return tuple(dict.fromkeys(row.run_id for row in ordered if row.run_id))
 
 
+def _place(row: ResultRow) -> tuple[str, str, int, str]:
+    seed = -1 if row.seed is None else row.seed
+    return row.method, row.reported_source, seed, row.metric_id
+
+
 def grouped(rows: Iterable[ResultRow]) -> list[Method]:
-    """Rows by method and, if reported, by source."""
+    """Rows by method and, if reported, by source; nothing depends on the order they came in."""
     groups: dict[tuple[str, str], list[ResultRow]] = {}
-    for row in rows:
+    for row in sorted(rows, key=_place):
         groups.setdefault((row.method, row.reported_source), []).append(row)
     return [Method(found) for found in groups.values()]
 

@@ -22,6 +22,7 @@ from cellray.core.errors import DataError
 
 __all__ = ["Board", "page", "plot_confusion", "write_report"]
 
+_HYPHEN = "\u2011"  # a hyphen at which no line ends
 _WIDE = 1.5  # width / height above which a picture has a line of its own
 
 
@@ -166,7 +167,7 @@ def _heads(columns: Sequence[Column]) -> str:
     return "".join(
         f'<th class="{"num" if c.numeric else "text"}"'
         + (f' title="{html.escape(c.hint)}"' if c.hint else "")
-        + f">{html.escape(c.title)}</th>"
+        + f">{html.escape(c.title.replace('-', _HYPHEN))}</th>"
         for c in columns
     )
 

@@ -18,7 +18,6 @@ from cellray.core.errors import DataError
 __all__ = [
     "Summary",
     "holm",
-    "paired_bootstrap",
     "paired_difference",
     "paired_t",
     "summarise",
@@ -153,26 +152,6 @@ def paired_t(differences: Sequence[float]) -> float:
     if sd < _SAME:
         return 1.0 if abs(mean) < _SAME else 0.0
     return float(2 * stats.t.sf(abs(mean) / (sd / len(array) ** 0.5), len(array) - 1))
-
-
-def paired_bootstrap(differences: Sequence[float], draws: npt.NDArray[np.int64]) -> float:
-    """Two-sided p of a paired bootstrap: how often a redrawn mean lies beyond zero.
-
-    Args:
-        differences: one for each test unit (donor, perturbation), n in all.
-        draws: (B, n) int64 positions drawn with replacement.
-
-    Returns:
-        Twice the smaller tail, counting the sample itself, so never 0.
-
-    Raises:
-        DataError: no difference, or one that is not a finite number.
-    """
-    array = _differences(differences)
-    means = array[draws].mean(axis=1)
-    below = (1 + int((means <= 0).sum())) / (len(means) + 1)
-    above = (1 + int((means >= 0).sum())) / (len(means) + 1)
-    return min(1.0, 2 * min(below, above))
 
 
 def holm(values: Sequence[float]) -> list[float]:

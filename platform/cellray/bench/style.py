@@ -26,7 +26,8 @@ td.num, td.text { white-space: nowrap; }
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff;
                                  padding-left: 0.3rem; }
 tr:hover td { background: #f5f8fb; }
-.spread { color: #6b6b6b; display: inline-block; text-align: left; padding-left: 0.35em; }
+.spread { color: #6b6b6b; display: inline-block; text-align: left; padding-left: 0.4em;
+          margin-left: 0.1em; }
 tr.control td { color: #51606e; background: #f7f8f9; }
 tr.reported td { color: #757575; font-style: italic; }
 tr.divider td { color: #757575; padding-top: 1.1rem; border-bottom: 1px solid #bbb; }

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
-from cellray.bench.stats import paired_difference, summarise
+from cellray.bench.stats import (
+    holm,
+    paired_difference,
+    paired_t,
+    summarise,
+    unit_interval,
+    wilcoxon,
+)
 from cellray.core.errors import DataError
 
 
@@ -55,3 +66,116 @@ def test_errors_name_the_problem() -> None:
         summarise([0.5, float("nan")])
     with pytest.raises(DataError, match=r"no seed in common to pair: \[0\] and \[1\]"):
         paired_difference({0: 1.0}, {1: 1.0})
+
+
+@pytest.mark.parametrize("num", [5, 8, 12])
+def test_wilcoxon_agrees_with_scipys_exact_test(num: int) -> None:
+    rng = np.random.default_rng(num)
+    for shift in (0.0, 0.4, 1.5):
+        values = rng.normal(shift, 1.0, num)
+        expected = stats.wilcoxon(values, method="exact").pvalue
+        assert wilcoxon(list(values)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_wilcoxon_with_ties_agrees_with_all_signs_by_hand() -> None:
+    values = [0.2, -0.1, 0.2, 0.3, 0.1, -0.2]
+    ranks = stats.rankdata(np.abs(values))
+    found = sum(r for r, v in zip(ranks, values, strict=True) if v > 0)
+    sums = [
+        sum(r for r, up in zip(ranks, signs, strict=True) if up)
+        for signs in itertools.product([False, True], repeat=len(values))
+    ]
+    high = np.mean([s >= found - 1e-9 for s in sums])
+    low = np.mean([s <= found + 1e-9 for s in sums])
+    assert wilcoxon(values) == pytest.approx(min(1.0, 2 * min(high, low)), abs=1e-12)
+
+
+def test_wilcoxon_of_five_seeds_cannot_be_below_a_sixteenth() -> None:
+    assert wilcoxon([1.0, 2.0, 3.0, 4.0, 5.0]) == 0.0625
+    assert wilcoxon([0.0, 0.0]) == 1.0
+    assert wilcoxon([0.0, 0.5]) == 1.0  # zeros are left out
+
+
+def test_paired_t_agrees_with_scipy() -> None:
+    first, second = [0.9, 0.8, 0.85, 0.7], [0.7, 0.75, 0.8, 0.72]
+    expected = stats.ttest_rel(first, second).pvalue
+    found = paired_t([a - b for a, b in zip(first, second, strict=True)])
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_paired_t_of_no_spread() -> None:
+    assert math.isnan(paired_t([0.3]))
+    assert paired_t([0.3, 0.3]) == 0.0
+    assert paired_t([0.0, 0.0, 0.0]) == 1.0
+
+
+def test_paired_t_and_the_interval_say_the_same() -> None:
+    """p < 0.05 exactly where the 95 % interval of the difference leaves out zero."""
+    rng = np.random.default_rng(3)
+    for shift in np.linspace(0, 2, 30):
+        values = list(rng.normal(shift, 1.0, 5))
+        interval = summarise(values)
+        outside = interval.ci95_low > 0 or interval.ci95_high < 0
+        assert (paired_t(values) < 0.05) == outside
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_holm_is_the_closed_test_of_bonferroni(values: list[float]) -> None:
+    """A method's p is the largest Bonferroni p of any set of methods that it belongs to."""
+    num = len(values)
+    expected = [0.0] * num
+    for size in range(1, num + 1):
+        for chosen in itertools.combinations(range(num), size):
+            bonferroni = min(1.0, size * min(values[i] for i in chosen))
+            for i in chosen:
+                expected[i] = max(expected[i], bonferroni)
+    assert holm(values) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_method_without_a_test_does_not_count_among_the_tests() -> None:
+    found = holm([0.02, float("nan"), 0.03])
+    assert found[0] == pytest.approx(0.04)
+    assert math.isnan(found[1])
+
+
+def test_interval_over_units_with_the_same_draws_by_hand() -> None:
+    """Whole donors are drawn; a donor drawn twice brings its cells twice."""
+    donors = np.array(["a", "b", "a", "c", "b", "c", "c"])
+    right = np.array([1, 0, 1, 0, 1, 1, 0], dtype=float)
+    found = unit_interval(lambda rows: float(right[rows].mean()), donors, draws=300, seed=4)
+    rng = np.random.default_rng(4)
+    means = []
+    for _ in range(300):
+        chosen = [("a", "b", "c")[i] for i in rng.integers(0, 3, 3)]
+        cells = [right[j] for donor in chosen for j in range(7) if donors[j] == donor]
+        means.append(sum(cells) / len(cells))
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
+
+
+def test_interval_over_units_is_wider_than_over_cells_of_a_donor() -> None:
+    donors = np.repeat(["a", "b", "c", "d"], 50)
+    right = np.repeat([1.0, 1.0, 0.0, 0.5], 50)
+    by_donor = unit_interval(lambda rows: float(right[rows].mean()), donors)
+    by_cell = unit_interval(lambda rows: float(right[rows].mean()), np.arange(200).astype(str))
+    assert by_donor is not None
+    assert by_cell is not None
+    assert by_donor[1] - by_donor[0] > 3 * (by_cell[1] - by_cell[0])
+
+
+def test_one_unit_says_nothing_about_another() -> None:
+    assert unit_interval(lambda rows: 1.0, ["a", "a"]) is None
+
+
+def test_test_errors_name_the_problem() -> None:
+    with pytest.raises(DataError, match="no difference to test"):
+        wilcoxon([])
+    with pytest.raises(DataError, match="1 of 2 differences are not finite"):
+        paired_t([0.1, float("inf")])
+    with pytest.raises(DataError, match="20 of 20 draws of test units have no score"):
+        unit_interval(lambda rows: float("nan"), ["a", "b"], draws=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from matplotlib.image import imread
 from rows_by_hand import baselines, row, runs
 
-from cellray.bench.report import plot_confusion, write_report
+from cellray.bench.report import Board, page, plot_confusion, write_report
+from cellray.bench.reported import reported
 from cellray.bench.table import failed_rows, leaderboard
 from cellray.core.errors import DataError
 
@@ -19,7 +21,7 @@ from cellray.core.errors import DataError
 class Page(HTMLParser):
     """Collects table rows and checks that tags close in order."""
 
-    void = {"meta", "img", "br", "!doctype"}
+    void = {"meta", "img", "br"}
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ def make_page(folder: Path) -> tuple[str, Path]:
     rows = [*baselines(), *runs("sc<gpt>", [0.90, 0.92, 0.97])]
     rows += failed_rows(row("dead", None, 0, status="skipped", metric_id=""), "worker & died")
     reported = row("R", 0.7, None, provenance="reported", reported_source="10.1/x")
-    page = write_report(
+    written = write_report(
         folder / "report.html",
         title="Annotation <pancreas>",
         board=leaderboard([*rows, reported]),
@@ -58,31 +60,90 @@ def make_page(folder: Path) -> tuple[str, Path]:
         pictures={"Confusion": picture},
         warnings=["split by cell"],
     )
-    return page.read_text(encoding="utf-8"), picture
+    return written.read_text(encoding="utf-8"), picture
 
 
 def test_page_says_what_the_table_says(tmp_path: Path) -> None:
     text, _ = make_page(tmp_path)
-    page = Page(text)
-    assert page.open == []
-    rows = {line[0]: line[1:] for line in page.rows}
-    assert rows["method"] == ["seeds", "macro F1 (union)", "remark"]
-    assert rows["sc<gpt>"] == ["3", "0.930 ± 0.036", ""]
-    assert rows["knn"] == ["3", "0.840 ± n/a", ""]
-    assert rows["dead"] == ["0", "failed", "worker & died"]
-    assert rows["R †"] == ["-", "0.700", "10.1/x"]
-    assert 'title="95 % interval 0.840 to 1.020"' in text
+    found = Page(text)
+    assert found.open == []
+    heads = [place for place, line in enumerate(found.rows) if line[0] == "method"]
+    assert found.rows[heads[0]] == ["method", "kind", "seeds", "macro F1 (union)"]
+    scores = {
+        line[0]: [c.replace("\u2007", "") for c in line[1:]] for line in found.rows[: heads[1]]
+    }
+    assert scores["sc<gpt>"] == ["from scratch", "3", "0.93± 0.04"]
+    assert scores["knn"] == ["baseline", "3", "0.840± n/a"]
+    assert scores["deadfailed: worker & died"] == ["from scratch", "0 of 1", "failed"]
+    assert scores["R †"] == ["from scratch", "-", "0.700"]
+    evidence = {line[0]: line[1:] for line in found.rows[heads[1] :]}
+    assert evidence["sc<gpt>"][0] == "[0.84, 1.02]"
+    assert "R †" not in evidence
+    assert 'title="95 % interval 0.8404 to 1.0196"' in text
+    assert "† R: 10.1/x" in text
     assert "Annotation &lt;pancreas&gt;" in text
     assert '<p class="warning">split by cell</p>' in text
     assert "<dt>cells</dt><dd>914</dd>" in text
+    assert "<b>0.93</b>" in text.replace("\u2007", "")
+
+
+def test_a_page_of_two_tables_begins_with_the_median_rank(tmp_path: Path) -> None:
+    boards = []
+    for name, low in (("one", 0.1), ("two", 0.0)):
+        rows = [replace(r, dataset_id=name) for r in [*baselines(), *runs("m", [0.95 - low])]]
+        boards.append(Board(leaderboard(rows), f"annotation: {name}", warnings=[f"of {name}"]))
+    text = page(tmp_path / "p.html", boards, title="both").read_text(encoding="utf-8")
+    found = Page(text)
+    assert found.open == []
+    assert found.links == ["#t0", "#t1"]
+    assert found.rows[0] == ["method", "median rank", "data sets", "one", "rank", "two", "rank"]
+    assert found.rows[1][:3] == ["logistic", "1.5", "2 of 2"]
+    assert text.index("median rank") < text.index("of one") < text.index("of two")
+
+
+def test_runs_are_named_and_linked_where_they_have_a_page(tmp_path: Path) -> None:
+    rows = [*baselines(), row("m", 0.9, 0, run_id="aaa"), row("m", 0.8, 1, run_id="bbb")]
+    board = Board(leaderboard(rows), "t", links={"aaa": "http://h/#/experiments/1/runs/aaa"})
+    text = page(tmp_path / "p.html", [board], title="t").read_text(encoding="utf-8")
+    assert '<a href="http://h/#/experiments/1/runs/aaa"><code>aaa</code></a>' in text
+    assert " <code>bbb</code>" in text
+
+
+def test_synthetic_data_have_a_banner_and_no_reported_block(tmp_path: Path) -> None:
+    rows = [replace(r, dataset_id="synthetic/x") for r in baselines()]
+    board = Board(leaderboard(rows), "t")
+    others = reported().rows
+    text = page(tmp_path / "p.html", [board], title="t", reference=others).read_text("utf-8")
+    assert '<p class="banner">synthetic data: it shows that the code works' in text
+    assert "Reported by others" not in text
+    real = Board(leaderboard(baselines()), "t")
+    text = page(tmp_path / "q.html", [real], title="t", reference=others).read_text("utf-8")
+    assert "banner" not in text.partition("</style>")[2]
+    folded = text[text.index("Reported by others on other data sets") :]
+    assert "scGPT from scratch †" in folded
+    assert "10.1038/s41592-024-02201-0, Supplementary Table S1" in folded
+    assert "<b>" not in folded
+
+
+def test_a_page_needs_a_table_and_pictures_that_are_pictures(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no leaderboard to make a page of"):
+        page(tmp_path / "p.html", [], title="t")
+    fake = tmp_path / "x.png"
+    fake.write_bytes(b"GIF89a")
+    with pytest.raises(DataError, match=r"x.png' is no PNG picture"):
+        page(
+            tmp_path / "p.html",
+            [Board(leaderboard(baselines()), "t", pictures={"x": fake})],
+            title="t",
+        )
 
 
 def test_page_needs_no_other_file(tmp_path: Path) -> None:
     text, picture = make_page(tmp_path)
-    page = Page(text)
-    assert len(page.links) == 1
-    assert page.links[0].startswith("data:image/png;base64,")
-    assert base64.b64decode(page.links[0].partition(",")[2]) == picture.read_bytes()
+    found = Page(text)
+    assert len(found.links) == 1
+    assert found.links[0].startswith("data:image/png;base64,")
+    assert base64.b64decode(found.links[0].partition(",")[2]) == picture.read_bytes()
     assert not re.search(r"https?://|<script|@import", text)
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from rows_by_hand import HEAD, baselines, row, runs
+from scipy import stats
 
 from cellray.bench.table import (
     SCHEMA_VERSION,
     ResultRow,
     failed_rows,
     leaderboard,
+    row_from,
     rows_of,
+    scores_of,
     to_frame,
 )
 from cellray.core.errors import DataError
@@ -221,6 +227,14 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"unit_ci95_low": 0.1}, "unit_ci95_low and unit_ci95_high are given together"),
+        ({"unit_ci95_low": 0.6, "unit_ci95_high": 0.5}, "ends before it begins"),
+        ({"reported_spread": 0.1}, "reported_spread and reported_spread_kind are given together"),
+        (
+            {"reported_spread": 0.1, "reported_spread_kind": "sd"},
+            "a measured value has no reported_spread",
+        ),
+        ({"status": "lost", "value": None}, "status 'lost' is none of ok, failed"),
         ({"value": None}, "= None although status is ok"),
         ({"value": float("nan")}, "= nan although status is ok"),
         ({"metric_id": ""}, "a value without metric_id"),
@@ -233,3 +247,121 @@ def test_no_rows() -> None:
 def test_impossible_rows_cannot_exist(fields: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=f"result row of 'scgpt', seed 0: .*{message}"):
         row("scgpt", **({"value": 0.5} | fields))  # type: ignore[arg-type]
+
+
+def test_rows_of_older_versions_still_load() -> None:
+    old = asdict(row("scgpt", 0.5))
+    for name in ("remarks", "base_method", "gpu_hours", "unit_ci95_low", "reported_spread"):
+        del old[name]
+    old["schema_version"] = "results_long.v1"
+    found = row_from(json.loads(json.dumps(old)))
+    assert found == replace(row("scgpt", 0.5), schema_version="results_long.v1")
+    assert found == ResultRow(**old)
+
+
+def test_rows_go_through_json_and_back() -> None:
+    one = row("scgpt", 0.5, remarks=("did not train",), git_dirty=True, overlap_fraction=0.1)
+    raw = json.loads(json.dumps({"row_id": one.row_id, **asdict(one)}))
+    assert row_from(raw) == one
+    with pytest.raises(DataError, match="row of 'scgpt' has unknown fields: colour; it was"):
+        row_from(raw | {"colour": 1})
+
+
+def test_intervals_over_units_travel_with_the_scores() -> None:
+    scores = {HEAD: 0.8, f"{HEAD}/unit_ci95_low": 0.7, f"{HEAD}/unit_ci95_high": 0.85, "n_items": 9}
+    found = {r.metric_id: r for r in rows_of(row("m", 0.0), scores)}
+    assert set(found) == {HEAD, "n_items"}
+    assert (found[HEAD].unit_ci95_low, found[HEAD].unit_ci95_high) == (0.7, 0.85)
+    assert found[HEAD].metric_version == "v1"
+    assert scores_of(found.values()) == scores
+
+
+def test_seed_spread_and_unit_interval_never_mix() -> None:
+    rows = [*baselines()]
+    for seed, (low, high) in enumerate([(0.80, 0.90), (0.82, 0.94)]):
+        rows.append(row("m", 0.86 + 0.02 * seed, seed, unit_ci95_low=low, unit_ci95_high=high))
+    board = leaderboard(rows).set_index("method")
+    assert board.loc["m", f"{HEAD}.unit_ci95_low"] == pytest.approx(0.81)
+    assert board.loc["m", f"{HEAD}.unit_ci95_high"] == pytest.approx(0.92)
+    half = 12.706204736432095 * board.loc["m", f"{HEAD}.sd"] / math.sqrt(2)
+    assert board.loc["m", f"{HEAD}.ci95_low"] == pytest.approx(0.87 - half)
+    assert math.isnan(board.loc["knn", f"{HEAD}.unit_ci95_low"])
+
+
+def test_tests_of_the_difference_by_hand() -> None:
+    """Five seeds, all above the best baseline: exact signed-rank p = 2/32; Holm over two."""
+    rows = [*baselines(), *runs("a", [0.91, 0.92, 0.93, 0.94, 0.95]), *runs("b", [0.5, 0.6, 0.7])]
+    board = leaderboard(rows).set_index("method")
+    assert board.loc["a", "delta.baseline"] == "logistic"
+    assert board.loc["a", "delta.p"] == pytest.approx(0.0625)
+    assert board.loc["b", "delta.p"] == pytest.approx(0.25)
+    assert board.loc["a", "delta.p_holm"] == pytest.approx(0.125)
+    assert board.loc["b", "delta.p_holm"] == pytest.approx(0.25)
+    t = 0.03 / (math.sqrt(0.00025) / math.sqrt(5))
+    assert board.loc["a", "delta.p_t"] == pytest.approx(2 * stats.t.sf(t, 4))
+    assert math.isnan(board.loc["knn", "delta.p"])
+
+
+def test_without_seeds_overlapping_unit_intervals_are_not_set_apart() -> None:
+    rows = [replace(r, unit_ci95_low=0.80, unit_ci95_high=0.95) if r.method == "logistic" else r
+            for r in baselines()]  # fmt: skip
+    rows = [replace(r, unit_ci95_low=0.78, unit_ci95_high=0.9) if r.method == "knn" else r
+            for r in rows]  # fmt: skip
+    best = leaderboard(rows).set_index("method")[f"{HEAD}.best"]
+    assert best.to_dict() == {"logistic": True, "knn": True, "majority": False}
+    assert leaderboard(baselines())[f"{HEAD}.best"].sum() == 1
+
+
+def test_ties_share_their_rank() -> None:
+    rows = [r for r in baselines() if r.method != "knn"] + runs("knn", [0.9] * 3)
+    ranks = leaderboard(rows).set_index("method")["rank"]
+    assert ranks.to_dict() == {"knn": 1.5, "logistic": 1.5, "majority": 3.0}
+
+
+def test_costs_run_ids_and_overlap_are_kept() -> None:
+    fields = {"gpu_hours": 2.0, "overlap_flag": "partial", "overlap_fraction": 0.25}
+    rows = [*baselines(), row("m", 0.9, 1, run_id="b", **fields), row("m", 0.8, 0, run_id="a")]
+    found = leaderboard(rows).set_index("method").loc["m"]
+    assert found["run_ids"] == "a b"
+    assert found["gpu_hours"] == 2.0
+    assert found["overlap_flag"] == "partial+unknown"
+    assert found["overlap_fraction"] == 0.25
+
+
+def mixed() -> list[ResultRow]:
+    """Methods of every kind, with failures, two metrics and controls."""
+    rows = [*baselines(), *runs("a", [0.91, 0.93, 0.95]), *runs("b", [0.90, 0.95, 0.94])]
+    rows += [replace(r, metric_id="accuracy.v1", value=min(1.0, 0.05 + (r.value or 0)))
+             for r in rows]  # fmt: skip
+    rows += failed_rows(row("b", 0.0, 3), "lost")
+    rows += runs("x.positive", [1.0] * 3, method_family="control", seed_scope="")
+    return rows
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.randoms(use_true_random=False))
+def test_the_order_of_rows_does_not_change_the_board(random: object) -> None:
+    rows = mixed()
+    shuffled = list(rows)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    expected, found = leaderboard(rows), leaderboard(shuffled)
+    assert found.equals(expected)
+    assert found.attrs == expected.attrs
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0.1, 5.0), st.floats(-2.0, 2.0))
+def test_no_scale_of_a_metric_changes_ranks_tests_or_scaled_scores(a: float, b: float) -> None:
+    """Turning a score upside down and stretching it changes nothing but its numbers."""
+    rows = [r for r in mixed() if r.metric_id in (HEAD, "")]
+    rows += runs("x.negative", [0.01, 0.02, 0.03], method_family="control")
+    turned = [
+        replace(r, value=None if r.value is None else b - a * r.value, higher_is_better=False)
+        for r in rows
+    ]
+    one, two = leaderboard(rows), leaderboard(turned)
+    assert one["method"].tolist() == two["method"].tolist()
+    for name in ("rank", "delta.p", "delta.p_t", f"{HEAD}.scaled"):
+        assert one[name].tolist() == pytest.approx(two[name].tolist(), abs=1e-6, nan_ok=True)
+    assert one[f"{HEAD}.best"].tolist() == two[f"{HEAD}.best"].tolist()
+    assert one["note"].tolist() == two["note"].tolist()

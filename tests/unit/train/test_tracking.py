@@ -82,3 +82,35 @@ def test_runs_nest_and_read_back(uri):
     table = mlflow.load_table("tables/t.json", run_ids=[child.run_id])
     assert table["a"].tolist() == [1, 2]
     assert other.children() == []
+
+
+def test_parents_are_found_by_tag_and_children_are_not(uri):
+    first = Tracker.start(uri, experiment="find", name="a", tags={"cellray.task": "annotation"})
+    second = Tracker.start(uri, experiment="find", name="b", tags={"cellray.task": "embedding"})
+    Tracker.start(uri, experiment="find", name="c", parent=first.run_id, tags={"cellray.task": "x"})
+    Tracker.start(uri, experiment="find", name="d")
+    elsewhere = Tracker.start(uri, experiment="other", name="e", tags={"cellray.task": "embedding"})
+
+    def ids(**how):
+        return {run.info.run_id for run in Tracker.find_parents(uri, **how)}
+
+    any_task = ids(experiment="find", tags={"cellray.task": ""})
+    assert any_task == {first.run_id, second.run_id}
+    assert ids(tags={"cellray.task": "embedding"}) == {second.run_id, elsewhere.run_id}
+    with pytest.raises(TrackingError, match="no experiment 'fin'. Did you mean 'find'"):
+        ids(experiment="fin")
+
+
+def test_files_of_a_run_are_fetched_by_kind(uri, tmp_path):
+    run = Tracker.start(uri, experiment="fetch", name="a")
+    for name in ("b.png", "a.png", "c.html"):
+        (tmp_path / name).write_text(name)
+        run.artifact(tmp_path / name, "report")
+    target = tmp_path / "target"
+    target.mkdir()
+    found = run.fetch("report", target, suffixes=(".png",))
+    assert [path.name for path in found] == ["a.png", "b.png"]
+    assert found[0].read_text() == "a.png"
+    assert run.fetch("nothing", target, suffixes=(".png",)) == []
+    with pytest.raises(TrackingError, match="has no run 'gone'"):
+        Tracker(uri, "gone").run()
