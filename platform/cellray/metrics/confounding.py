@@ -22,9 +22,9 @@ METRICS: Mapping[str, Metric] = by_id(
         "cramers_v.bergsma.v1",
         "Cramér's V",
         "association of two groupings, 0 to 1, corrected for bias",
-        None,
+        False,
     ),
-    Metric("cramers_v.plain.v1", "Cramér's V (plain)", "the same without correction", None),
+    Metric("cramers_v.plain.v1", "Cramér's V (plain)", "the same without correction", False),
 )
 
 
