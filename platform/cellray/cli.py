@@ -47,6 +47,16 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("words", nargs="*", metavar="FILE.toml | key=value")
     submit.add_argument("--address", required=True, help="e.g. http://head:8265")
     submit.add_argument("--no-wait", action="store_true", help="return once it is accepted")
+    label = commands.add_parser(
+        "annotate", help="labels and confidences for the cells of an h5ad, written into a copy"
+    )
+    label.add_argument("model", metavar="MODEL", help="checkpoint, run folder or models:/name/1")
+    label.add_argument("source", metavar="IN.h5ad", help="with raw counts")
+    label.add_argument("target", metavar="OUT.h5ad", help="a file that does not exist yet")
+    label.add_argument("--layer", default="", help="layer with raw counts, if X is not")
+    label.add_argument(
+        "--refuse-below", type=float, help="least probability of a label; default: the model's own"
+    )
     show = commands.add_parser("show", help="what a store, checkpoint or run holds, in words")
     show.add_argument("path")
     copy = commands.add_parser("copy", help="a whole store to or from an object store")
@@ -247,6 +257,22 @@ def _relayout(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _annotate(arguments: argparse.Namespace) -> int:
+    from cellray.infer.annotate import annotate_file
+
+    report = annotate_file(
+        arguments.model,
+        arguments.source,
+        arguments.target,
+        layer=arguments.layer or None,
+        refuse_below=arguments.refuse_below,
+        say=say,
+    )
+    for line in report.lines():
+        print(line)
+    return 0
+
+
 def _import_weights(arguments: argparse.Namespace) -> int:
     from cellray.infer.import_weights import import_weights
 
@@ -347,6 +373,8 @@ def main(words: Sequence[str] | None = None) -> int:
             return _plan(arguments)
         if arguments.command == "submit":
             return _submit(arguments)
+        if arguments.command == "annotate":
+            return _annotate(arguments)
         if arguments.command == "show":
             return _show(arguments.path, arguments.tiledb)
         if arguments.command == "copy":

@@ -14,7 +14,7 @@ from cellray.train.checkpoint import model_of, read_checkpoint, read_weights, wr
 from cellray.train.finetune import predict_cells, predict_labels, prepare_finetune
 from cellray.train.pretrain import prepare_pretrain
 from cellray.train.rundir import RunDirectory
-from cellray.train.saving import committed
+from cellray.train.saving import NOTES, committed
 from helpers_cells import known_cells
 from helpers_runs import finetune_run, pretrain_raw, pretrain_run
 
@@ -79,6 +79,35 @@ def test_factors_are_kept_in_checkpoints_and_merged_in_the_model(
     truth = known_cells().obs["cell_type"].astype(str).to_numpy()
     labels, _ = predict_cells(model, prepared, prepared.split.train)
     assert result.train_accuracy == np.mean(labels == truth[prepared.split.train])
+
+
+@pytest.mark.slow
+def test_a_run_of_factors_goes_on_from_a_checkpoint_bit_for_bit(
+    pretrained, small_store, ray_cluster, tmp_path
+):
+    run = finetune_run(
+        small_store,
+        tmp_path,
+        init_from=pretrained,
+        adapt={"mode": "lora", "rank": 2, "dropout": 0.1},
+        train={"steps": 12, "eval_every_steps": 12},
+        checkpoint={"every_steps": 6, "keep_last": 2},
+    )
+    whole = run_job(run)
+    directory = RunDirectory.at(whole.trained.run_dir)
+    last = directory.path / "checkpoints" / committed(directory.path)[-1]["name"]
+    want = read_weights(last)
+    (directory.path / "result.json").unlink()  # as if it had been killed after step 6
+    notes = (directory.path / NOTES).read_text().splitlines(keepends=True)
+    (directory.path / NOTES).write_text("".join(notes[:-1]))
+    again = run_job(run)
+    assert again.trained.resumed_from_step == 6
+    last = directory.path / "checkpoints" / committed(directory.path)[-1]["name"]
+    found = read_weights(last)
+    assert found.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.equal(found[name], value), name
+    assert again.train_accuracy == whole.train_accuracy
 
 
 def test_a_probe_of_drawn_weights_is_the_control_of_a_checkpoint(

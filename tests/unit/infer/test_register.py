@@ -17,9 +17,11 @@ import yaml
 from mlflow import MlflowClient
 
 import cellray
-from cellray.core.errors import DataError
+from cellray.cli import main
+from cellray.core.errors import ConfigError, DataError
 from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
+from cellray.infer import annotate
 from cellray.infer.load import UNASSIGNED, load
 from cellray.infer.predict import as_anndata, register, requirements
 from cellray.train.checkpoint import Manifest, model_of, write_checkpoint, write_manifest
@@ -196,3 +198,50 @@ def test_what_is_no_cells_is_refused(tmp_path):
         as_anndata(table)
     with pytest.raises(DataError, match="cells are given as ndarray; give AnnData"):
         as_anndata(np.ones((2, 2)))
+
+
+def test_a_file_is_annotated_by_the_command(registered, model_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(annotate, "_BLOCK_CELLS", 8)  # three blocks
+    cells = new_cells()
+    cells.obsm["X_before"] = np.arange(20.0)[:, None]
+    cells.write_h5ad(tmp_path / "in.h5ad")
+    mlflow.set_tracking_uri(registered[1])
+    words = ["annotate", "models:/types/1", str(tmp_path / "in.h5ad"), str(tmp_path / "out.h5ad")]
+    assert main([*words, "--layer", "counts", "--refuse-below", "0.34"]) == 0
+    told = capsys.readouterr().out
+    assert "20/20 cells" in told
+    assert "cells/s (obs 'cellray_label')" in told
+    found = ad.read_h5ad(tmp_path / "out.h5ad")
+    want = load(str(model_dir)).annotate(cells, refuse_below=0.34)
+    assert found.obs[annotate.LABEL].astype(str).tolist() == want["label"].tolist()
+    np.testing.assert_allclose(found.obs[annotate.CONFIDENCE], want["probability"], rtol=1e-5)
+    assert found.uns["cellray_annotation"]["refuse_below"] == 0.34
+    before = ad.read_h5ad(tmp_path / "in.h5ad")
+    assert found.var_names.tolist() == before.var_names.tolist()
+    assert found.obs["cell_type"].tolist() == before.obs["cell_type"].tolist()
+    np.testing.assert_array_equal(found.obsm["X_before"], before.obsm["X_before"])
+    assert (found.layers["counts"] != before.layers["counts"]).sum() == 0
+    assert main(words) == 1
+    assert "out.h5ad' exists; give a file that does not" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_annotated_leaves_nothing(model_dir, tmp_path):
+    def run(source, target="out.h5ad"):
+        return annotate.annotate_file(str(model_dir), tmp_path / source, tmp_path / target)
+
+    with pytest.raises(DataError, match="no h5ad file at '.*none.h5ad'"):
+        run("none.h5ad")
+    (tmp_path / "text.h5ad").write_text("no hdf5")
+    with pytest.raises(DataError, match="text.h5ad' cannot be read as h5ad"):
+        run("text.h5ad")
+    known_cells()[:0].copy().write_h5ad(tmp_path / "empty.h5ad")
+    with pytest.raises(DataError, match="empty.h5ad' holds no cells"):
+        run("empty.h5ad")
+    cells = known_cells()[:4].copy()
+    cells.X = cells.X * 0.5
+    cells.write_h5ad(tmp_path / "logged.h5ad")
+    with pytest.raises(DataError, match="the model needs raw counts, but the matrix holds"):
+        run("logged.h5ad")
+    with pytest.raises(ConfigError, match=r"no folder '.*there' for 'out.h5ad'; make it first"):
+        run("logged.h5ad", "there/out.h5ad")
+    assert not list(tmp_path.glob("out*"))
