@@ -154,6 +154,11 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     cells = select_cells(section, lambda known: unit.columns(run.task, known))
     split = unit.split(cells.keyed(), run.task, seed=run.seed)
     targets = unit.fit(cells.obs, run.task, split)
+    if run.register_as and not targets.classes:
+        raise ConfigError(
+            f"register_as = '{run.register_as}': what is registered annotates cells, and task "
+            f"'{unit.name}' trains no classifier; leave the key out"
+        )
     first = Start(*_start(run, cells, split.train))
     section = _conditioned(section, targets)
     start = lay_over(
