@@ -1,4 +1,4 @@
-"""The ``cellray`` command: seven jobs, submission, whole stores, and looking at what there is."""
+"""The ``cellray`` command: eight jobs, submission, whole stores, and looking at what there is."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _JOB_HELP = {
     "finetune": "supervised fine-tuning from a checkpoint, or from scratch",
     "tune": "a Ray Tune sweep of fine-tuning runs",
     "embed": "cell embeddings and a UMAP picture",
+    "map": "labels of query cells from the nearest cells of a reference embedded once",
     "benchmark": "methods x seeds beside the baselines, as an MLflow table",
 }
 
@@ -88,8 +89,22 @@ def _parser() -> argparse.ArgumentParser:
             metavar="KEY=VALUE",
             help="a TileDB setting, e.g. vfs.s3.endpoint_override=http://localhost:9000",
         )
+    _add_compare(commands)
+    _add_published(commands)
     commands.add_parser("doctor", help="what this machine has, what is missing, what to do")
     return parser
+
+
+def _add_published(commands: Any) -> None:
+    text = "published benchmark files: what is known and present, and one as a store"
+    known = commands.add_parser("published", help=text, description=text)
+    known.add_argument("name", nargs="?", default="", metavar="NAME", help="none: list them")
+    known.add_argument("--folder", default="", help="where files lie ($CELLRAY_DATA/published)")
+    known.add_argument("--store", default="", help="the store to make")
+    known.add_argument("--pins", default="", metavar="FILE.toml", help="with [published.sha256]")
+    known.add_argument(
+        "--leave-out", action="store_true", help="leave out batches that hold no counts"
+    )
 
 
 def _add_plan(commands: Any) -> None:
@@ -101,6 +116,24 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--cells-per-second", type=float, help="measured, of one worker")
     plan.add_argument("--mfu", type=float, help="assumed share of the peak (0.3)")
     plan.add_argument("--price", type=float, help="of a GPU-hour, in any currency")
+
+
+def _add_compare(commands: Any) -> None:
+    text = "tables of finished benchmarks in the terminal and as one HTML page"
+    compare = commands.add_parser("compare", help=text, description=text)
+    compare.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a benchmark's run directory, runs:/ID of its MLflow parent run, or an experiment",
+    )
+    compare.add_argument("--html", default="", metavar="FILE", help="where to write the page")
+    compare.add_argument(
+        "--mlflow-uri", default="", metavar="URI", help="of sources that are no run directory"
+    )
+    compare.add_argument(
+        "--metric", action="append", default=[], metavar="ID", help="show it (repeat for several)"
+    )
 
 
 def _split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
@@ -249,6 +282,46 @@ def _submit(arguments: argparse.Namespace) -> int:
     )
 
 
+def _compare(arguments: argparse.Namespace) -> int:
+    from cellray.bench.compare import compare
+
+    compare(
+        arguments.sources,
+        say,
+        html=arguments.html,
+        mlflow_uri=arguments.mlflow_uri,
+        metrics=arguments.metric or None,
+    )
+    return 0
+
+
+def _published(arguments: argparse.Namespace) -> int:
+    from cellray.data.published import default_folder, listing, published, read_pins
+
+    folder = Path(arguments.folder) if arguments.folder else default_folder()
+    if not arguments.name:
+        for line in listing(folder):
+            print(line)
+        return 0
+    published(arguments.name)
+    if folder is None or not arguments.store:
+        given = "--store" if folder else "--folder (or set CELLRAY_DATA)"
+        raise ConfigError(f"cellray published {arguments.name} needs {given}")
+    from cellray.data.published_store import make_store
+
+    made = make_store(
+        arguments.name,
+        folder,
+        arguments.store,
+        pins=read_pins(arguments.pins) if arguments.pins else {},
+        leave_out=arguments.leave_out,
+        progress=say,
+    )
+    for line in made.lines():
+        print(line)
+    return 0
+
+
 def _doctor() -> int:
     from cellray.ops.doctor import doctor
 
@@ -282,6 +355,10 @@ def main(words: Sequence[str] | None = None) -> int:
             return _relayout(arguments)
         if arguments.command == "import-weights":
             return _import_weights(arguments)
+        if arguments.command == "compare":
+            return _compare(arguments)
+        if arguments.command == "published":
+            return _published(arguments)
         return _doctor()
     except (CellrayError, PermissionError, FileNotFoundError, NotADirectoryError) as error:
         print(f"cellray: {error}", file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cellray.bench.config import DatasetSection, MethodSection, plug_benchmark
 from cellray.core import registry
 from cellray.core.errors import ConfigError, did_you_mean
 from cellray.core.section import (
@@ -26,8 +27,10 @@ from cellray.core.section import (
 )
 from cellray.data.config import DataSection
 from cellray.data.synthetic_config import SynthesizeConfig
+from cellray.infer.map_config import QuerySection, ReferenceSection
 from cellray.models.base import family, with_preset
 from cellray.train.config import (
+    AdaptSection,
     BatchSection,
     CheckpointSection,
     EngineSection,
@@ -45,6 +48,7 @@ __all__ = [
     "EmbedRun",
     "FinetuneRun",
     "IngestRun",
+    "MapRun",
     "PretrainRun",
     "Run",
     "SynthesizeRun",
@@ -131,7 +135,9 @@ class FinetuneRun(_TrainingRun):
         init_from: checkpoint to start from; "" trains ``model`` from scratch.
         model: only from scratch: the family's configuration.
         tokenizer: only from scratch; by default the family's.
-        train_backbone: False trains the task's head alone (a probe).
+        init_weights: False keeps architecture, genes and tokenizer of ``init_from`` and draws the
+            weights anew, by the seed: the control of pretraining.
+        adapt: which weights are trained: all, the last layers, low-rank factors, or the head.
         register_as: name in MLflow's model registry; "" registers nothing.
     """
 
@@ -139,7 +145,8 @@ class FinetuneRun(_TrainingRun):
     init_from: str = ""
     model: Section | None = None
     tokenizer: Section | None = None
-    train_backbone: bool = True
+    init_weights: bool = True
+    adapt: AdaptSection = AdaptSection()
     register_as: str = ""
 
     @model_validator(mode="after")
@@ -148,6 +155,11 @@ class FinetuneRun(_TrainingRun):
             raise ValueError(
                 "give either init_from (a checkpoint) or a [model] section to train from scratch, "
                 f"not {'both' if self.init_from else 'neither'}"
+            )
+        if not self.init_weights and not self.init_from:
+            raise ValueError(
+                "init_weights = false needs init_from, the checkpoint whose architecture, genes "
+                "and tokenizer it keeps; a [model] section is trained from drawn weights anyway"
             )
         return self
 
@@ -172,24 +184,62 @@ class EmbedRun(Run):
     cells_micro: int = Field(default=64, ge=1)
 
 
-class BenchmarkRun(Run):
-    """Method x seed on one dataset and one split, beside the baselines.
+class MapRun(Run):
+    """Labels of query cells from the nearest cells of a reference.
 
     Attributes:
-        task: what is scored and how cells are split.
-        data: the dataset.
-        methods: name of a row -> fine-tuning configuration file, run once per seed.
-        baselines: keys of ``cellray.baselines``.
-        seeds: what "mean and spread" is over.
-        overrides: ``section.key=value`` laid over every method's file.
+        model: checkpoint folder or MLflow model URI; it is not trained.
+        reference: the labelled cells, and where their embedding is kept.
+        query: the cells to label.
+        output: h5ad file to write.
+        k: reference cells that vote on a label.
+        unknown_below: a cell whose label has a smaller share of the votes is ``Unassigned``.
+        exact_below: with fewer reference cells neighbours are found exactly, with more by FAISS.
+        umap: whether to lay out queries and reference together, in ``obsm["X_umap"]`` and as a
+            picture beside the output.
+        umap_cells: reference cells in it, at most.
+        cells_micro: cells of a forward pass.
     """
 
-    task: Section
-    data: DataSection
-    methods: dict[str, str] = {}
-    baselines: list[str] = ["majority", "logistic", "knn"]
+    model: str
+    reference: ReferenceSection
+    query: QuerySection
+    output: str = Field(pattern=r"\.h5ad$")
+    k: int = Field(default=10, ge=1)
+    unknown_below: float = Field(default=0.0, ge=0, le=1)
+    exact_below: int = Field(default=50_000, ge=0)
+    umap: bool = False
+    umap_cells: int = Field(default=20_000, ge=0)
+    cells_micro: int = Field(default=64, ge=1)
+
+
+class BenchmarkRun(Run):
+    """Method x data set x seed of one task, beside the baselines.
+
+    Attributes:
+        datasets: name -> cells and split. A file with one data set may give ``[data]`` and
+            ``[task]`` instead; beside several these two hold what all share.
+        data: of the file alone: None once the run is validated, see ``datasets``.
+        task: likewise.
+        methods: name of a row -> fine-tuning file (``....toml``), checkpoint, or a table.
+        baselines: keys of ``cellray.baselines``; [] takes those without which the task shows no
+            table.
+        seeds: what "mean and spread" is over: each has validation cells, initial weights and an
+            order of its own.
+        overrides: ``section.key=value`` laid over every method's file.
+        concurrent: cells of the table that are worked on at a time.
+        bootstrap_draws: draws of the interval over donors (or batches); 0 makes none.
+    """
+
+    datasets: dict[str, DatasetSection]
+    data: None = None
+    task: None = None
+    methods: dict[str, MethodSection] = {}
+    baselines: list[str] = []
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default=[0, 1, 2], min_length=1)
     overrides: list[str] = []
+    concurrent: int = Field(default=1, ge=1)
+    bootstrap_draws: int = Field(default=1000, ge=0)
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
@@ -199,29 +249,56 @@ class TuneRun(Run):
 
     Attributes:
         base: fine-tuning configuration file that every trial starts from.
-        search: key path -> list of choices, or ``{low, high, scale = "log" | "linear"}``.
-        trials: configurations tried.
-        concurrent: trials at a time.
-        metric: a validation metric; trials are compared by it.
+        search: key path -> list of choices, or ``{low, high, scale = "log" | "linear"}``, with
+            ``points`` where a grid is to walk it.
+        algorithm: where the values of a trial come from: ``random`` draws, a ``grid``, or
+            ``optuna``, which proposes them from the trials before (TPE).
+        scheduler: ``asha`` stops the worse trials early, ``pbt`` has them take over the weights of
+            the better ones and go on with other values, ``none`` lets all trials end.
+        trials: configurations tried; 0 takes the whole grid, or 4.
+        concurrent: trials at a time; the whole population with ``pbt``.
+        trial_cpus: logical CPUs that a trial reserves beside the workers of its training run.
+        metric: a validation metric that reports carry; trials are compared by it.
         mode: whether it is minimised or maximised.
         grace_reports: reports a trial may make before ASHA may stop it.
         reduction_factor: ASHA keeps one in this many at each rung.
-        time_limit_s: the sweep stops after it; 0 has no limit.
+        exploit_reports: reports between two moments at which ``pbt`` compares a trial.
+        exploit_fraction: the worst share of the population takes over the best share's weights.
+        time_limit_s: a start of the sweep ends after it, with the best so far; 0 has no limit.
         overrides: ``section.key=value`` laid over the base.
     """
 
     base: str
     search: dict[str, Any]
-    trials: int = Field(default=4, ge=1)
+    algorithm: Literal["random", "grid", "optuna"] = "random"
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    trials: int = Field(default=0, ge=0)
     concurrent: int = Field(default=1, ge=1)
+    trial_cpus: float = Field(default=0.5, gt=0)
     metric: str = "validation/loss"
     mode: Literal["min", "max"] = "min"
     grace_reports: int = Field(default=1, ge=1)
     reduction_factor: int = Field(default=2, ge=2)
+    exploit_reports: int = Field(default=2, ge=1)
+    exploit_fraction: float = Field(default=0.25, gt=0, le=0.5)
     time_limit_s: float = Field(default=0, ge=0)
     overrides: list[str] = []
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _judged_on_validation(self) -> TuneRun:
+        if not self.metric.startswith("validation/"):
+            raise ValueError(
+                f"metric = '{self.metric}': trials are compared on validation cells only; give a "
+                "metric of theirs, e.g. 'validation/loss'"
+            )
+        if self.scheduler == "pbt" and self.algorithm == "optuna":
+            raise ValueError(
+                "scheduler = 'pbt' changes values while trials train, and cannot follow "
+                "algorithm = 'optuna'; choose 'random' or 'grid', or scheduler = 'asha'"
+            )
+        return self
 
 
 # job -> (section, "module:function" that executes it)
@@ -232,6 +309,7 @@ JOBS: Mapping[str, tuple[type[Run], str]] = {
     "finetune": (FinetuneRun, "cellray.train.finetune:finetune"),
     "tune": (TuneRun, "cellray.tune.sweep:tune"),
     "embed": (EmbedRun, "cellray.infer.embed:embed"),
+    "map": (MapRun, "cellray.infer.mapping:map_cells"),
     "benchmark": (BenchmarkRun, "cellray.bench.suite:benchmark"),
 }
 
@@ -278,7 +356,7 @@ def _plugs(job: str) -> Callable[[dict[str, Any]], dict[str, type[Section]]]:
         "ingest": ingest,
         "pretrain": lambda raw: _plug_model(raw, objective=True),
         "finetune": finetune,
-        "benchmark": _plug_task,
+        "benchmark": lambda raw: plug_benchmark(raw, lambda table: _plug_task(table)["task"]),
     }
     return chosen.get(job, lambda raw: {})
 
@@ -296,6 +374,13 @@ def build_run(job: str, raw: Mapping[str, Any], *, source: str = "") -> Run:
         ConfigError: an unknown job or key, a wrong type, or a cross-field rule that does not hold.
     """
     check_job(job)
+    if job == "finetune" and "train_backbone" in raw:
+        prefix = f"{source}: " if source else ""
+        raise ConfigError(
+            f"{prefix}'train_backbone' is gone: which weights are trained is said by [adapt]; "
+            'write adapt.mode = "probe" for the head alone (false), and nothing, or '
+            'adapt.mode = "full", for the whole model (true)'
+        )
     return build_section(JOBS[job][0], raw, plugs=_plugs(job), source=source)
 
 

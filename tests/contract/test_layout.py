@@ -26,6 +26,9 @@ HOMES = {
         "train/trainer.py",
         "train/progress.py",
         "train/telemetry.py",
+        "tune/board.py",
+        "tune/inside.py",
+        "tune/schedule.py",
         "tune/sweep.py",
         "ops/submit.py",
         "ops/doctor.py",
@@ -59,6 +62,7 @@ MAY_IMPORT = {
     "metrics": set(),
     "baselines": {"data", "metrics"},
     "tasks": {"baselines", "data", "metrics", "models", "objectives", "nn"},
+    "guards": {"data", "metrics", "tasks"},
 }
 
 NO_TORCH = ["core/blocks.py", "data/vocab.py", "data/plan.py"]

@@ -1,10 +1,7 @@
-"""Fine-tuning, the registered model, the benchmark and the sweep, on real components."""
+"""Fine-tuning, the registered model and the embedding, on real components."""
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import anndata as ad
@@ -15,11 +12,13 @@ import pytest
 
 import cellray
 from cellray.core.errors import ConfigError, DataError
-from cellray.core.section import read_toml, to_dict, to_toml
+from cellray.data.corpus import overlap, read_corpus
 from cellray.data.soma import open_store
 from cellray.infer.load import load
-from cellray.runs import build_run, load_run, run_job
-from cellray.train.finetune import prepare_finetune
+from cellray.ops.show import show
+from cellray.runs import build_run, run_job
+from cellray.train.finetune import predict_cells, prepare_finetune
+from cellray.train.prepare import select_cells
 from cellray.train.saving import committed
 from helpers_cells import known_cells
 from helpers_runs import SCGPT, finetune_raw, finetune_run, pretrain_run
@@ -45,12 +44,13 @@ def tuned(pretrained, small_store, tmp_path_factory):
     # a notebook that has an experiment of its own open keeps it
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path_factory.mktemp('own') / 'own.db'}")
     mlflow.set_experiment("elsewhere")
-    run = finetune_run(small_store, folder, init_from=pretrained, register_as="three-types")
-    return run_job(run), f"sqlite:///{folder / 'mlflow.db'}"
+    over = {"init_from": pretrained, "register_as": "three-types"}
+    run = finetune_run(small_store, folder, task={"refuse": {"target_coverage": 0.9}}, **over)
+    return run_job(run), f"sqlite:///{folder / 'mlflow.db'}", run
 
 
 def test_it_learns_the_types_and_scores_the_held_out_donor(tuned):
-    result, uri = tuned
+    result, uri, _ = tuned
     assert result.test["accuracy.v1"] > 0.8  # three types, chance is 1/3
     assert result.test["n_items"] == 60
     run = mlflow.MlflowClient(tracking_uri=uri).get_run(result.trained.mlflow_run_id)
@@ -59,7 +59,7 @@ def test_it_learns_the_types_and_scores_the_held_out_donor(tuned):
 
 
 def test_the_best_checkpoint_by_validation_is_exported(tuned):
-    result, _ = tuned
+    result, *_ = tuned
     best = min(committed(result.trained.run_dir), key=lambda r: r["validation/loss"])
     assert result.trained.step == best["step"]
 
@@ -98,26 +98,65 @@ def shuffled_cells() -> ad.AnnData:
     return cells
 
 
-def test_the_registered_model_annotates_in_a_fresh_process(tuned, tmp_path):
-    result, uri = tuned
-    assert result.registered == "models:/three-types/1"
-    shuffled_cells().write_h5ad(tmp_path / "new.h5ad")
-    code = (
-        "import sys, mlflow\n"
-        "mlflow.set_tracking_uri(sys.argv[1])\n"
-        "model = mlflow.pyfunc.load_model('models:/three-types/1')\n"
-        "model.predict(sys.argv[2]).to_csv(sys.argv[3])\n"
+def test_test_cells_are_answered_in_files_and_pictures(tuned):
+    result, uri, run = tuned
+    folder = Path(result.trained.run_dir) / "test"
+    table = pd.read_csv(folder / "predictions.csv")
+    assert len(table) == 60
+    assert table["cell"].str.fullmatch(r"cell\d+").all()
+    truth = known_cells().obs["cell_type"].astype(str)
+    assert table["truth"].tolist() == truth[table["cell"]].tolist()
+    assert (table["truth"] == table["predicted"]).mean() == result.test["accuracy.v1"]
+    cutoff = load(result.trained.model_dir).cutoff
+    assert cutoff > 1 / 3
+    assert result.test["n_refused"] == (table["confidence"] < cutoff).sum()
+    assert table["refused"].sum() == result.test["n_refused"]
+    prepared = prepare_finetune(run)
+    _, confidence = predict_cells(
+        load(result.trained.model_dir), prepared, prepared.split.validation
     )
-    words = [sys.executable, "-c", code, uri, str(tmp_path / "new.h5ad"), str(tmp_path / "o.csv")]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = pd.read_csv(tmp_path / "o.csv", index_col=0)
-    assert found.index.tolist() == shuffled_cells().obs_names.tolist()
-    here = cellray.load(result.trained.model_dir).annotate(shuffled_cells())
-    assert found["label"].tolist() == here["label"].tolist()
-    np.testing.assert_allclose(found["probability"], here["probability"], rtol=1e-5)
+    assert np.mean(confidence >= cutoff) >= 0.9 > np.mean(confidence > cutoff)
+    for name in ("confusion.png", "coverage.png"):
+        assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    kept = {f.path for f in client.list_artifacts(result.trained.mlflow_run_id, "test")}
+    assert kept == {f"test/{n}" for n in ("predictions.csv", "confusion.png", "coverage.png")}
+    logged = client.get_run(result.trained.mlflow_run_id).data
+    assert logged.metrics["test/aurc.v1"] == result.test["aurc.v1"]
+    assert logged.metrics["train/accuracy_after"] == result.train_accuracy > 0.8
+    assert 0 < logged.metrics["validation/macro_f1"] <= 1
+    assert int(logged.params["n_params_total"]) == result.params["n_params_total"]
+    assert result.params["n_params_trainable"] < result.params["n_params_total"]  # no decoder
+
+
+def test_the_registered_model_annotates_new_cells(tuned):
+    result, uri, _ = tuned
+    assert result.registered == "models:/three-types/1"
+    mlflow.set_tracking_uri(uri)
+    there = cellray.load(result.registered).annotate(shuffled_cells(), refuse_below=0.0)
+    here = cellray.load(result.trained.model_dir).annotate(shuffled_cells(), refuse_below=0.0)
+    pd.testing.assert_frame_equal(there, here)
     truth = shuffled_cells().obs["cell_type"].astype(str).tolist()
     assert np.mean([a == b for a, b in zip(truth, here["label"], strict=True)]) > 0.7
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    version = client.get_model_version("three-types", "1")
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    values = {metric.key: metric.value for metric in logged.metrics}
+    assert values["test/accuracy.v1"] == result.test["accuracy.v1"]
+    assert (
+        values["validation/accuracy"]
+        == load(result.trained.model_dir).manifest.metrics["validation/accuracy"]
+    )
+
+
+def test_a_finished_run_is_scored_again_and_not_registered_twice(tuned):
+    result, uri, run = tuned
+    said: list[str] = []
+    again = run_job(run, said.append)
+    assert "already finished" in "".join(said)
+    assert again == result
+    versions = mlflow.MlflowClient(tracking_uri=uri).search_model_versions("name='three-types'")
+    assert [v.version for v in versions] == ["1"] or [v.version for v in versions] == [1]
 
 
 def test_gene_order_does_not_change_an_embedding(tuned):
@@ -151,117 +190,6 @@ def test_a_store_without_common_genes_is_refused(pretrained, tmp_path):
         run_job(finetune_run(uri, tmp_path, init_from=pretrained))
 
 
-def benchmark_raw(uri, folder, methods):
-    return {
-        "name": "bench",
-        "seeds": [0, 1],
-        "methods": methods,
-        "task": finetune_raw(uri, folder)["task"],
-        "data": {"uri": uri},
-        "checkpoint": {"dir": str(folder)},
-    }
-
-
-def test_a_benchmark_compares_tracks_and_goes_on(pretrained, small_store, tmp_path):
-    good, bad = tmp_path / "good.toml", tmp_path / "bad.toml"
-    good.write_text(to_toml(finetune_raw(small_store, tmp_path, init_from=pretrained)))
-    raw = finetune_raw(small_store, tmp_path, init_from=pretrained)
-    bad.write_text(to_toml(raw | {"scale": {"workers": 1, "cpus_per_worker": 500.0}}))
-    config = benchmark_raw(small_store, tmp_path, {"tuned": str(good), "broken": str(bad)})
-    result = run_job(build_run("benchmark", config))
-    board = result.table.set_index("method")
-    assert set(board.index) == {"majority", "logistic", "knn", "tuned", "broken"}
-    assert board.loc["tuned", "n_seeds"] == 2
-    assert board.loc["logistic", "accuracy.v1"] > 0.9
-    assert board.loc["majority", "accuracy.v1"] == pytest.approx(1 / 3)
-    assert board.loc["tuned", "accuracy.v1"] > 0.7
-    # a run that failed is shown as failed, never as zero
-    assert np.isnan(board.loc["broken", "accuracy.v1"])
-    assert board.loc["broken", "n_failed"] == 2
-    assert "failed" in result.text
-    assert "the run reserves" in result.text
-    assert Path(result.umap_path).stat().st_size > 10_000
-    assert result.open_command.startswith("mlflow ui --backend-store-uri sqlite:///")
-
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name("benchmark-annotation").experiment_id
-    query = f"tags.`mlflow.parentRunId` = '{result.mlflow_run_id}'"
-    children = client.search_runs([experiment], query)
-    assert len(children) == 10
-    assert {c.info.status for c in children} == {"FINISHED", "FAILED"}
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment("benchmark-annotation")
-    table = mlflow.load_table("tables/leaderboard.json", run_ids=[result.mlflow_run_id])
-    assert set(table["method"]) == set(board.index)
-    scores = [c.data.metrics["accuracy.v1"] for c in children if "tuned" in c.info.run_name]
-    assert np.mean(scores) == pytest.approx(board.loc["tuned", "accuracy.v1"])
-
-    # again: finished cells of the table are kept, the failed one is tried again
-    said: list[str] = []
-    again = run_job(build_run("benchmark", config), said.append)
-    assert again.mlflow_run_id == result.mlflow_run_id
-    assert not [line for line in said if line.startswith(("tuned", "logistic"))]
-    assert [line for line in said if line.startswith("broken seed 0: failed")]
-    pd.testing.assert_frame_equal(
-        again.table.set_index("method").loc[["tuned", "knn"], ["accuracy.v1"]],
-        board.loc[["tuned", "knn"], ["accuracy.v1"]],
-    )
-
-
-def test_a_table_without_logistic_regression_is_not_made(small_store, tmp_path):
-    config = benchmark_raw(small_store, tmp_path, {}) | {"baselines": ["majority", "knn"]}
-    with pytest.raises(ConfigError, match=r"lacks logistic; a table of task 'annotation'"):
-        run_job(build_run("benchmark", config))
-
-
-@pytest.mark.slow
-def test_a_sweep_finds_the_better_learning_rate_and_writes_it(pretrained, small_store, tmp_path):
-    base = tmp_path / "base.toml"
-    raw = finetune_raw(small_store, tmp_path, init_from=pretrained)
-    raw["train"] = {"steps": 24, "eval_every_steps": 6}
-    raw["checkpoint"] = {"dir": str(tmp_path)}
-    base.write_text(to_toml(raw))
-    sweep = {
-        "name": "sweep",
-        "base": str(base),
-        "search": {"optim.lr": [1e-6, 1e-2], "train_backbone": [True]},
-        "trials": 4,
-        "seed": 4,
-        "checkpoint": {"dir": str(tmp_path / "runs")},
-    }
-    interrupt = signal.getsignal(signal.SIGINT)
-    result = run_job(build_run("tune", sweep))
-    assert signal.getsignal(signal.SIGINT) is interrupt
-    table = result.table.set_index("trial")
-    assert len(table) == 4
-    assert set(table["optim.lr"]) == {1e-6, 1e-2}
-    assert table.loc[result.best_trial, "optim.lr"] == 1e-2
-    assert "stopped early" in set(table["state"])
-    assert table.loc[result.best_trial, "state"] == "finished"
-    best = load_run("finetune", result.best_config)
-    assert to_dict(best)["optim"]["lr"] == 1e-2
-    assert best.checkpoint.dir == str(tmp_path / "runs")
-    assert read_toml(result.best_config)["name"] == "sweep-best"
-
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("tune").experiment_id
-    query = f"tags.`mlflow.parentRunId` = '{result.mlflow_run_id}'"
-    children = client.search_runs([experiment], query)
-    assert len(children) == 4
-    assert "RUNNING" not in {c.info.status for c in children}
-    assert not any("test/accuracy.v1" in c.data.metrics for c in children)
-    assert client.get_run(result.mlflow_run_id).info.status == "FINISHED"
-
-
-def test_a_sweep_over_an_unknown_key_is_refused(pretrained, small_store, tmp_path):
-    base = tmp_path / "base.toml"
-    base.write_text(to_toml(finetune_raw(small_store, tmp_path, init_from=pretrained)))
-    sweep = {"name": "s", "base": str(base), "search": {"optim.lrr": [1.0]}}
-    with pytest.raises(ConfigError, match=r"unknown key 'optim.lrr'\. Did you mean 'lr'"):
-        run_job(build_run("tune", sweep | {"checkpoint": {"dir": str(tmp_path)}}))
-
-
 def test_embed_writes_cells_and_a_picture(pretrained, small_store, tmp_path):
     raw = {
         "name": "embed",
@@ -279,3 +207,20 @@ def test_embed_writes_cells_and_a_picture(pretrained, small_store, tmp_path):
     np.testing.assert_allclose(model.embed(cells), found.obsm["X_cellray"], atol=1e-5)
     assert Path(result.umap_path).read_bytes()[:4] == b"\x89PNG"
     assert open_store(small_store).num_cells == 240
+
+
+def test_a_model_says_what_it_has_seen(pretrained, tuned, small_store):
+    """The corpus lies beside the exported model; fine-tuning takes it over and adds its own."""
+    base, result = read_corpus(pretrained), read_corpus(tuned[0].trained.model_dir)
+    assert [(s.kind, s.num_cells, s.num_hashes) for s in base.stages] == [("pretrain", 240, 240)]
+    assert base.folder == Path(pretrained)
+    assert [(s.kind, s.num_cells) for s in result.stages] == [("pretrain", 240), ("finetune", 180)]
+    assert result.complete
+    cells = select_cells(
+        build_run("finetune", finetune_raw(small_store, Path("."), init_from="x")).data
+    )
+    found = overlap(pretrained, cells, np.arange(60))
+    assert (found.flag, found.fraction) == ("full", 1.0)
+    assert any("seen in pretrain 'pre': 240 cells" in line for line in show(pretrained))
+    step = Path(result.folder).parent / "checkpoints" / committed(result.folder.parent)[-1]["name"]
+    assert [s.kind for s in read_corpus(step).stages] == ["pretrain", "finetune"]

@@ -1,162 +1,255 @@
-"""One cell of a benchmark's table: scored, kept on disk, logged to MLflow, and read back."""
+"""One cell of a benchmark's table: kept on disk, scored, logged to MLflow, and read back.
+
+Answers are written and hashed before the truth is opened: what is scored is what was answered.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from cellray.bench.table import ResultRow, failed_rows, rows_of
-from cellray.core.section import flatten, to_dict
-from cellray.metrics.classification import METRICS
-from cellray.tasks.base import Split, Targets, Task
-from cellray.train.prepare import Cells
+from cellray.bench.children import rows_of_children
+from cellray.bench.entries import Entry
+from cellray.bench.rows import ResultRow, Status, failed_rows, row_from, rows_of
+from cellray.bench.setting import Part, Setting
+from cellray.bench.work import Answer, Outcome
+from cellray.core.errors import DataError
+from cellray.core.section import flatten
+from cellray.guards.answers import check_predictions, near_constant
+from cellray.metrics.bootstrap import MATRIX_SCORES, bootstrap_units
+from cellray.metrics.refusal import score_refusal
+from cellray.tasks.base import score_labels
 from cellray.train.tracking import Tracker
 
-if TYPE_CHECKING:
-    from cellray.runs import BenchmarkRun
-
-__all__ = ["Setting", "experiment_name", "kept_file", "record", "rows_from_children"]
-
-Say = Callable[[str], None]
+__all__ = ["kept_answer", "kept_file", "read_rows", "record", "record_failure"]
 
 
-@dataclass(frozen=True)
-class Setting:
-    """The one dataset and split that all rows of a table share."""
-
-    run: BenchmarkRun
-    unit: Task
-    cells: Cells
-    split: Split
-    targets: Targets
-    template: ResultRow
-    directory: Path
-    tracker: Tracker | None
-
-    @property
-    def truth(self) -> npt.NDArray[Any]:
-        """True labels of the test cells."""
-        label = to_dict(self.run.task)["label"]
-        rows = np.searchsorted(self.cells.joinids, self.split.test)
-        return np.asarray(self.cells.obs[label].astype(str).to_numpy()[rows], dtype=object)
-
-
-def experiment_name(run: BenchmarkRun) -> str:
-    """The MLflow experiment of a benchmark: one per task unless the run names another."""
-    return run.tracking.experiment or f"benchmark-{to_dict(run.task)['name']}"
-
-
-def kept_file(setting: Setting, method: str, seed: int) -> Path:
+def kept_file(setting: Setting, entry: Entry, seed: int) -> Path:
     """Where the result of one cell of the table is kept."""
-    return setting.directory / "results" / f"{method}-seed{seed}.json"
+    return setting.directory / "results" / f"{entry.name}-seed{seed}.json"
 
 
-def _digest(values: npt.NDArray[Any]) -> str:
-    return hashlib.sha256("\n".join(map(str, values)).encode()).hexdigest()
-
-
-def record(
-    setting: Setting,
-    template: ResultRow,
-    predicted: npt.NDArray[Any] | None,
-    say: Say,
-    *,
-    params: Mapping[str, Any],
-    error: str = "",
-    tracker: Tracker | None = None,
-) -> None:
-    """Score predictions, keep the rows, and log them to the child run of this cell."""
-    template = replace(template, started_at=datetime.now(UTC).isoformat(timespec="seconds"))
-    if predicted is None:
-        rows = failed_rows(template, error)
-    else:
-        truth = setting.truth
-        scores = setting.unit.score(truth, predicted, setting.targets.classes)
-        template = replace(template, predictions_sha256=_digest(predicted))
-        rows = rows_of(template, scores)
-    if setting.tracker is not None:
-        own = tracker is None
-        child = tracker or Tracker.start(
-            setting.tracker.uri,
-            experiment=experiment_name(setting.run),
-            name=f"{template.method}-seed{template.seed}",
-            parent=setting.tracker.run_id,
-        )
-        rows = [replace(row, run_id=child.run_id) for row in rows]
-        _log_child(setting, child, template, rows, predicted, params, error)
-        if own:
-            child.end("FAILED" if predicted is None else "FINISHED")
-    file = kept_file(setting, template.method, template.seed or 0)
+def _written(file: Path, write: Any) -> Path:
+    """A file that appears whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    if predicted is not None:
-        frame = pd.DataFrame({"joinid": setting.split.test, "predicted": predicted})
-        frame.to_csv(file.with_suffix(".csv"), index=False)
-        headline = next(r for r in rows if r.metric_id == setting.unit.headline)
-        title = METRICS[headline.metric_id].title if headline.metric_id in METRICS else "score"
-        say(f"{template.method} seed {template.seed}: {title} {headline.value:.4f}")
-        file.write_text(json.dumps([asdict(row) for row in rows]))
+    partial = file.with_name(f"{file.name}.partial{file.suffix}")
+    write(partial)
+    os.replace(partial, file)
+    return file
+
+
+def _keep_answer(setting: Setting, entry: Entry, seed: int, answer: Answer) -> tuple[Path, str]:
+    """Write what was answered; returns the file and its SHA-256."""
+    file = kept_file(setting, entry, seed)
+    if answer.labels is not None:
+        columns: dict[str, Any] = {"joinid": answer.joinids, "predicted": answer.labels}
+        if answer.confidence is not None:
+            columns["confidence"] = answer.confidence
+        frame = pd.DataFrame(columns)
+        _written(file.with_suffix(".csv"), lambda path: frame.to_csv(path, index=False))
+        file = file.with_suffix(".csv")
+    elif answer.embedding is not None:
+        vectors = answer.embedding
+        _written(file.with_suffix(".npy"), lambda path: np.save(path, vectors))
+        file = file.with_suffix(".npy")
     else:
-        say(f"{template.method} seed {template.seed}: failed: {error}")
-        file.with_suffix(".failed").write_text(json.dumps([asdict(row) for row in rows]))
+        scores = json.dumps(dict(answer.probed or {}))
+        _written(file.with_suffix(".probe"), lambda path: path.write_text(scores))
+        file = file.with_suffix(".probe")
+    return file, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def _log_child(
-    setting: Setting,
-    child: Tracker,
-    template: ResultRow,
-    rows: list[ResultRow],
-    predicted: npt.NDArray[Any] | None,
-    params: Mapping[str, Any],
-    error: str,
+def kept_answer(setting: Setting, entry: Entry, part: Part) -> Answer | None:
+    """The answer of a finished cell of the table, None if there is none."""
+    file = kept_file(setting, entry, part.seed)
+    if file.with_suffix(".csv").is_file():
+        frame = pd.read_csv(
+            file.with_suffix(".csv"), dtype={"predicted": str}, keep_default_na=False
+        )
+        confidence = frame["confidence"].to_numpy(np.float64) if "confidence" in frame else None
+        return Answer(
+            frame["joinid"].to_numpy(np.int64), frame["predicted"].to_numpy(object), confidence
+        )
+    if file.with_suffix(".npy").is_file():
+        return Answer(part.asked, embedding=np.load(file.with_suffix(".npy")))
+    return None
+
+
+def _unit_intervals(
+    setting: Setting, part: Part, answer: Answer, truth: npt.NDArray[Any]
+) -> dict[str, float]:
+    """Ends of the intervals over donors (or batches) of the test cells, beside their metrics."""
+    draws, column = setting.run.bootstrap_draws, setting.donor_column
+    if not draws or not column or answer.labels is None:
+        return {}
+    units = setting.column(column, answer.joinids)
+    if len(set(units)) < 2:
+        return {}
+    ends = {}
+    for name in MATRIX_SCORES:
+        found = bootstrap_units(truth, answer.labels, units, name, draws=draws, seed=part.seed)
+        ends[f"{name}/unit_ci95_low"] = found.ci95_low
+        ends[f"{name}/unit_ci95_high"] = found.ci95_high
+    return ends
+
+
+def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
+    """Every metric of an answer; this is where the truth is opened."""
+    unit = setting.unit
+    if answer.probed is not None:
+        return dict(answer.probed)
+    if unit.answers == "embedding":
+        assert unit.score_embedding is not None
+        assert answer.embedding is not None
+        obs = setting.cells.obs.iloc[setting.rows(answer.joinids)].reset_index(drop=True)
+        return unit.score_embedding(
+            obs, setting.config, answer.embedding, setting.before, part.seed
+        )
+    assert answer.labels is not None
+    truth = setting.truth(answer.joinids)
+    obs = setting.cells.obs.iloc[setting.rows(answer.joinids)].reset_index(drop=True)
+    classes = part.targets.classes
+    scores = score_labels(unit, obs, setting.config, truth, answer.labels, classes)
+    if answer.confidence is not None:
+        scores |= score_refusal(
+            truth, answer.labels, answer.confidence, train_classes=part.targets.classes
+        )
+    return scores | _unit_intervals(setting, part, answer, truth)
+
+
+def _constant(setting: Setting, entry: Entry, answer: Answer) -> list[str]:
+    """A remark on a method that says the same of all cells."""
+    given = answer.embedding if answer.labels is None else answer.labels
+    if entry.kind == "baseline" and answer.labels is not None:
+        return []  # the majority does so by design
+    assert given is not None
+    truth = None if answer.labels is None else setting.truth(answer.joinids)
+    remark = near_constant(given, truth)
+    return [remark] if remark else []
+
+
+def _finite(scores: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The values that are numbers, and a remark on those that are not: shown, never 0."""
+    good = {name: value for name, value in scores.items() if np.isfinite(value)}
+    lost = sorted(set(scores) - set(good))
+    return good, ((f"not a number: {', '.join(lost)}",) if lost else ())
+
+
+def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list[ResultRow]:
+    """Keep an answer, score it, and log both to the child run of this cell.
+
+    Raises:
+        DataError: an answer that cannot be scored: missing labels, vectors that are no numbers.
+    """
+    answer = outcome.answer
+    remarks = list(outcome.remarks)
+    if answer.probed is None:
+        num = len(answer.joinids)
+        check_predictions(answer.labels, answer.confidence, answer.embedding, num)
+        remarks += _constant(setting, entry, answer)
+    file, digest = _keep_answer(setting, entry, part.seed, answer)
+    scores, lost = _finite(_scores(setting, part, answer))
+    if answer.probed is None and setting.unit.headline not in scores:
+        raise DataError(f"{setting.unit.headline} of '{entry.name}' is not a number")
+    template = replace(
+        outcome.row,
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        predictions_sha256=digest,
+        predictions_uri=str(file.relative_to(setting.directory.parent)),
+        config_sha256=hashlib.sha256(outcome.row.params_json.encode()).hexdigest(),
+        remarks=(*remarks, *lost),
+    )
+    child = _child(setting, entry, part.seed, outcome.child_run_id)
+    if child is not None:
+        template = replace(template, run_id=child.run_id)
+    rows = rows_of(template, scores)
+    if child is not None:
+        _log(child, template, scores, outcome.params)
+        child.artifact(file, "answers")
+        child.end("FINISHED")
+    text = json.dumps([asdict(row) for row in rows])
+    _written(kept_file(setting, entry, part.seed), lambda path: path.write_text(text))
+    kept_file(setting, entry, part.seed).with_suffix(".failed").unlink(missing_ok=True)
+    return rows
+
+
+def record_failure(
+    setting: Setting, part: Part, entry: Entry, error: str, *, status: Status = "failed"
+) -> list[ResultRow]:
+    """Keep and log that a cell of the table failed: it is shown as failed, never as zero."""
+    template = replace(
+        setting.template,
+        method=entry.name,
+        method_family=entry.family,
+        base_method=entry.base,
+        seed=part.seed,
+        seed_scope="failed",
+        started_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    rows = failed_rows(template, error, status=status)
+    begun = setting.directory / f"{entry.name}-seed{part.seed}" / "mlflow.json"
+    known = json.loads(begun.read_text())["run_id"] if begun.is_file() else ""
+    child = _child(setting, entry, part.seed, known)
+    if child is not None:
+        rows = [replace(row, run_id=child.run_id) for row in rows]
+        _log(child, rows[0], {}, {})
+        child.tag("cellray.error", error[:2000])
+        child.end("FAILED")
+    text = json.dumps([asdict(row) for row in rows])
+    file = kept_file(setting, entry, part.seed).with_suffix(".failed")
+    _written(file, lambda path: path.write_text(text))
+    return rows
+
+
+def _child(setting: Setting, entry: Entry, seed: int, run_id: str) -> Tracker | None:
+    """The MLflow run of a cell of the table: the one that training made, else a new one."""
+    if setting.parent is None:
+        return None
+    if run_id:
+        return Tracker(setting.parent.uri, run_id)
+    return Tracker.start(
+        setting.parent.uri,
+        experiment=setting.parent.experiment,
+        name=f"{entry.name}-seed{seed}",
+        parent=setting.parent.run_id,
+    )
+
+
+def _log(
+    child: Tracker, template: ResultRow, scores: Mapping[str, float], params: Mapping[str, Any]
 ) -> None:
     child.params(flatten(params))
     child.tag("cellray.method", template.method)
     child.tag("cellray.row", json.dumps(asdict(template)))
-    if predicted is None:
-        child.tag("cellray.error", error[:2000])
-        return
-    child.metrics({row.metric_id: float(row.value or 0.0) for row in rows})
-    frame = pd.DataFrame(
-        {"joinid": setting.split.test, "truth": setting.truth, "predicted": predicted}
-    )
-    child.table(frame, "tables/predictions.json")
+    if scores:
+        child.metrics(scores)
 
 
-def rows_from_children(setting: Setting) -> list[ResultRow]:
-    """The long table, from the parent's children alone (from kept files without tracking)."""
-    rows: list[ResultRow] = []
-    wanted = [
-        (m, s) for m in [*setting.run.baselines, *setting.run.methods] for s in setting.run.seeds
-    ]
-    if setting.tracker is None:
-        for method, seed in wanted:
-            file = kept_file(setting, method, seed)
+def read_rows(setting: Setting, entries: Sequence[Entry]) -> list[ResultRow]:
+    """The long table of a data set: from the parent's children alone; kept files without tracking.
+
+    A cell that was tried several times counts once, as it ended last.
+    """
+    if setting.parent is not None:
+        parent = Tracker(setting.parent.uri, setting.parent.run_id)
+        names = {entry.name for entry in entries}
+        rows = rows_of_children(parent.children())
+        return [row for row in rows if row.method in names and row.seed in setting.run.seeds]
+    found: list[ResultRow] = []
+    for entry in entries:
+        for seed in setting.run.seeds:
+            file = kept_file(setting, entry, seed)
             file = file if file.is_file() else file.with_suffix(".failed")
-            rows += [ResultRow(**row) for row in json.loads(file.read_text())]
-        return rows
-    newest: dict[tuple[str, int], Any] = {}
-    for child in setting.tracker.children():
-        if "cellray.row" in child.data.tags:
-            row = json.loads(child.data.tags["cellray.row"])
-            newest.setdefault((row["method"], row["seed"]), (row, child))
-    for key in wanted:
-        if key in newest:
-            rows += _child_rows(*newest[key])
-    return rows
-
-
-def _child_rows(row: dict[str, Any], child: Any) -> list[ResultRow]:
-    template = ResultRow(**row | {"run_id": child.info.run_id})
-    if "cellray.error" in child.data.tags:
-        return failed_rows(template, child.data.tags["cellray.error"])
-    scores = {k: v for k, v in child.data.metrics.items() if k in METRICS}
-    return rows_of(template, scores)
+            if file.is_file():
+                found += [row_from(row) for row in json.loads(file.read_text())]
+    return found

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from textwrap import wrap
 
 import pandas as pd
 
-from cellray.core.errors import DataError, did_you_mean
-from cellray.metrics.classification import METRICS
+from cellray.bench.across import columns_across
+from cellray.bench.cells import (
+    REPORTED,
+    SHOWN,
+    Cell,
+    Column,
+    board_metrics,
+    columns_of,
+    known_metric,
+    title_of,
+    value_text,
+)
+from cellray.bench.rules import SYNTHETIC
 
 __all__ = [
+    "NOTES",
+    "RANKS",
     "SHOWN",
+    "SPREAD",
     "board_metrics",
     "legend",
+    "num_measured",
+    "part_of",
+    "remarks_of",
+    "render_across",
     "render_markdown",
     "render_terminal",
     "shortened",
@@ -22,122 +39,102 @@ __all__ = [
     "value_text",
 ]
 
-SHOWN = (
-    "accuracy.v1",
-    "macro_precision.union.v1",
-    "macro_recall.union.v1",
-    "macro_f1.union.v1",
-    "macro_f1.test.v1",
+_REMARK_WIDTH = 120  # of a terminal's line
+SPREAD = "mean ± standard deviation over seeds (n/a: one seed, or no seed changes the method)"
+RANKS = (
+    "rank: among the methods with a value on every data set; one that failed or was not run on any "
+    "has none"
 )
-_REMARK_WIDTH = 60  # of a terminal's line; Markdown and the page have all of it
-_REPORTED = "reported by others, not measured here"
-
-
-def title_of(metric: str) -> str:
-    """The heading of a metric; its id if it has no title."""
-    return METRICS[metric].title if metric in METRICS else metric
-
-
-def board_metrics(board: pd.DataFrame, metrics: Sequence[str] | None = None) -> list[str]:
-    """Which metrics to print: the ones asked for, else the usual ones, else all there are.
-
-    Raises:
-        DataError: the leaderboard has no such metric.
-    """
-    there = [c.removesuffix(".sd") for c in board.columns if c.endswith(".sd") and c != "delta.sd"]
-    for name in metrics or ():
-        if name not in there:
-            raise DataError(
-                f"the leaderboard has no metric '{name}'.{did_you_mean(name, there)} It has: "
-                f"{', '.join(there)}"
-            )
-    return list(metrics or [name for name in SHOWN if name in there] or there)
-
-
-def value_text(row: pd.Series, metric: str) -> str:
-    """``0.873 ± 0.012``, ``0.965 ± n/a``, ``failed`` or, for a reported row, ``0.703``."""
-    mean, spread = float(row[metric]), float(row[f"{metric}.sd"])
-    reported = row["provenance"] == "reported"
-    if math.isnan(mean):
-        if reported or not row["n_failed"] or row["n_seeds"]:
-            return "-"
-        return "skipped" if row["status"] == "skipped" else "failed"
-    if math.isnan(spread):
-        return f"{mean:.3f}" if reported else f"{mean:.3f} ± n/a  "
-    return f"{mean:.3f} ± {spread:.3f}"
-
-
-def _remark(row: pd.Series) -> str:
-    parts = []
-    if row["n_failed"]:
-        parts.append(f"{row['status']}: {row['error']}" if row["error"] else str(row["status"]))
-    if isinstance(row.get("note"), str) and row["note"]:
-        parts.append(row["note"])
-    if row["reported_source"]:
-        parts.append(str(row["reported_source"]))
-    return "; ".join(" ".join(part.split()) for part in parts)
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A leaderboard as strings; ``split`` is the first reported line."""
-
-    heading: list[str]
-    lines: list[list[str]]
-    split: int
-
-
-def _cells(board: pd.DataFrame, metrics: Sequence[str]) -> _Cells:
-    lines = []
-    for _, row in board.iterrows():
-        reported = row["provenance"] == "reported"
-        seeds = "-" if reported else str(row["n_seeds"])
-        name = f"{row['method']} †" if reported else str(row["method"])
-        lines.append([name, seeds, *(value_text(row, m) for m in metrics), _remark(row)])
-    heading = ["method", "seeds", *(title_of(m) for m in metrics), "remark"]
-    if not any(line[-1] for line in lines):
-        heading, lines = heading[:-1], [line[:-1] for line in lines]
-    return _Cells(heading, lines, int((board["provenance"] != "reported").sum()))
+NOTES = (
+    SPREAD,
+    "bold: the best, or not separable from it (paired t test over seeds, Holm over methods, 5 %)",
+    "Δ: paired difference to the best baseline with its 95 % interval; both p after Holm; the "
+    "exact signed-rank test with n seeds has no p below 2 / 2^n",
+)
 
 
 def legend(metrics: Sequence[str]) -> str:
     """What the headings stand for, one line a metric."""
-    known = [METRICS[m] for m in metrics if m in METRICS]
-    return "\n".join(f"{m.title} = {m.id}: {m.meaning}" for m in known)
+    known = [m for m in map(known_metric, metrics) if m is not None]
+    return "\n".join(f"{title_of(m.id)} = {m.id}: {m.meaning}" for m in known)
+
+
+def num_measured(board: pd.DataFrame) -> int:
+    """Lines above the reported block."""
+    return int((board["provenance"] != "reported").sum())
+
+
+def remarks_of(columns: Iterable[Column]) -> list[tuple[str, str]]:
+    """(methods, what a reader must know of them), each remark once."""
+    found: dict[str, list[str]] = {}
+    by_part = {column.part: column for column in columns if column.part in ("name", "remark")}
+    if "remark" not in by_part:
+        return []
+    for name, remark in zip(by_part["name"].cells, by_part["remark"].cells, strict=True):
+        if remark.text:
+            found.setdefault(remark.text, []).append(name.text)
+    return [(", ".join(names), text) for text, names in found.items()]
+
+
+def part_of(columns: Sequence[Column], part: str) -> list[Column]:
+    """The name and the columns of one part; empty if it has none."""
+    chosen = [column for column in columns if column.part in ("name", part)]
+    return chosen if len(chosen) > 1 else []
 
 
 def render_terminal(board: pd.DataFrame, *, metrics: Sequence[str] | None = None) -> str:
-    """Aligned text: mean ± standard deviation over seeds.
+    """Aligned text: scores as mean ± standard deviation over seeds; then evidence and costs.
 
     Args:
         board: from :func:`cellray.bench.table.leaderboard`.
-        metrics: ids to show; by default accuracy, macro P, R and F1.
+        metrics: ids to show; by default the headline and accuracy, macro P, R and F1.
 
     Raises:
         DataError: a metric that the leaderboard lacks.
     """
-    shown = board_metrics(board, metrics)
-    cells = _cells(board, shown)
-    if cells.heading[-1] == "remark":
-        for line in cells.lines:
-            line[-1] = shortened(line[-1], _REMARK_WIDTH)
-    table = [cells.heading, *cells.lines]
-    widths = [max(len(line[i]) for line in table) for i in range(len(cells.heading))]
-    num_right = 1 + len(shown)  # seeds and values are aligned right, names and remarks left
+    columns = columns_of(board, metrics)
+    measured = num_measured(board)
+    blocks = [_text_block(part_of(columns, "scores"), len(board), measured)]
+    evidence = part_of(columns, "evidence")
+    if evidence:
+        blocks.append(_text_block(evidence, measured, measured))
+    lines = [f"!! {SYNTHETIC} !!"] if board.attrs.get("synthetic") else []
+    width = max(len(line) for block in blocks for line in block)
+    for block in blocks:
+        lines += [block[0], "─" * width, *block[1:], "─" * width]
+    lines.append(SPREAD)
+    for names, text in remarks_of(columns):
+        lines += wrap(f"{names}: {text}", _REMARK_WIDTH, subsequent_indent="  ")
+    return "\n".join(lines)
 
-    def text(line: Sequence[str]) -> str:
+
+def render_across(boards: Sequence[pd.DataFrame]) -> str:
+    """Aligned text of several leaderboards: values by data set and the median rank.
+
+    Raises:
+        DataError: boards of several tasks or headlines, or two of one data set and split.
+    """
+    columns = columns_across(boards)
+    block = _text_block(columns, len(columns[0].cells), len(columns[0].cells))
+    rule = "─" * max(len(line) for line in block)
+    return "\n".join([block[0], rule, *block[1:], rule, RANKS])
+
+
+def _text_block(columns: Sequence[Column], num_lines: int, measured: int) -> list[str]:
+    """Heading and lines, aligned, with the divider above the reported ones."""
+    table = [[column.title for column in columns]]
+    table += [[column.cells[line].whole for column in columns] for line in range(num_lines)]
+    widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
+    lines = []
+    for line in table:
         padded = [
-            cell.rjust(width) if 1 <= i <= num_right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.rjust(width) if column.numeric else cell.ljust(width)
+            for column, cell, width in zip(columns, line, widths, strict=True)
         ]
-        return "  ".join(padded).rstrip()
-
-    lines = [text(line) for line in cells.lines]
-    if cells.split < len(lines):
-        lines.insert(cells.split, f"-- {_REPORTED} --")
-    rule = "─" * max(len(text(cells.heading)), *(len(line) for line in lines))
-    note = "mean ± standard deviation over seeds (n/a: one seed, or no seed changes the method)"
-    return "\n".join([text(cells.heading), rule, *lines, rule, note])
+        lines.append("  ".join(padded).rstrip())
+    if measured < num_lines:
+        lines.insert(1 + measured, f"-- {REPORTED} --")
+    return lines
 
 
 def shortened(text: str, width: int) -> str:
@@ -146,11 +143,35 @@ def shortened(text: str, width: int) -> str:
 
 
 def _markdown_line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(cells) + " |"
+
+
+def _markdown_text(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _markdown_cell(cell: Cell, *, reported: bool) -> str:
+    text = _markdown_text(cell.whole)
+    if reported and text:
+        return f"*{text}*"
+    return f"**{_markdown_text(cell.text)}**{cell.tail.rstrip()}" if cell.bold else text
+
+
+def _markdown_block(columns: Sequence[Column], num_lines: int, measured: int) -> list[str]:
+    lines = [_markdown_line([_markdown_text(column.title) for column in columns])]
+    lines.append(_markdown_line(["---:" if column.numeric else "---" for column in columns]))
+    for line in range(num_lines):
+        if line == measured:
+            lines.append(_markdown_line([f"*{REPORTED}*", *[""] * (len(columns) - 1)]))
+        cells = [_markdown_cell(c.cells[line], reported=line >= measured) for c in columns]
+        lines.append(_markdown_line(cells))
+    return lines
 
 
 def render_markdown(board: pd.DataFrame, *, metrics: Sequence[str] | None = None) -> str:
-    """The same as a Markdown table, with what each heading means below it.
+    """The same as Markdown tables, with remarks and what each heading means below them.
+
+    Bold is what is not separable from the best of its column.
 
     Args:
         board: from :func:`cellray.bench.table.leaderboard`.
@@ -159,15 +180,14 @@ def render_markdown(board: pd.DataFrame, *, metrics: Sequence[str] | None = None
     Raises:
         DataError: a metric that the leaderboard lacks.
     """
-    shown = board_metrics(board, metrics)
-    cells = _cells(board, shown)
-    align = ["---", *["---:"] * (1 + len(shown)), *["---"] * (len(cells.heading) - 2 - len(shown))]
-    lines = [_markdown_line(cells.heading), _markdown_line(align)]
-    lines += [_markdown_line(line) for line in cells.lines[: cells.split]]
-    if cells.split < len(cells.lines):
-        blank = [""] * (len(cells.heading) - 1)
-        lines.append(_markdown_line([f"*{_REPORTED}*", *blank]))
-        for line in cells.lines[cells.split :]:
-            lines.append(_markdown_line([f"*{c}*" if c.strip() else "" for c in line]))
-    meaning = [f"- {line}" for line in legend(shown).splitlines()]
-    return "\n".join([*lines, "", *meaning]).rstrip() + "\n"
+    columns = columns_of(board, metrics)
+    measured = num_measured(board)
+    lines = [f"> **{SYNTHETIC}**", ""] if board.attrs.get("synthetic") else []
+    lines += _markdown_block(part_of(columns, "scores"), len(board), measured)
+    evidence = part_of(columns, "evidence")
+    if evidence:
+        lines += ["", *_markdown_block(evidence, measured, measured)]
+    told = [f"- {names}: {_markdown_text(text)}" for names, text in remarks_of(columns)]
+    meaning = [f"- {line}" for line in legend(board_metrics(board, metrics)).splitlines()]
+    notes = [f"- {line}" for line in NOTES]
+    return "\n".join([*lines, "", *told, *meaning, *notes]).rstrip() + "\n"

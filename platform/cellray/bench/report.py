@@ -1,164 +1,94 @@
-"""A benchmark as one self-contained HTML page, and the confusion matrix as a picture."""
+"""Benchmarks as one self-contained HTML page: tables, pictures, what was read and what to mind."""
 
 from __future__ import annotations
 
 import base64
 import html
-import math
-from collections.abc import Mapping, Sequence
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from cellray.bench.render import board_metrics, legend, title_of, value_text
+from cellray.bench.across import columns_across
+from cellray.bench.cells import REPORTED, Cell, Column, board_metrics, columns_of
+from cellray.bench.confusion import plot_confusion
+from cellray.bench.render import NOTES, RANKS, legend, num_measured, part_of, remarks_of
+from cellray.bench.rows import ResultRow
+from cellray.bench.rules import SYNTHETIC
+from cellray.bench.style import STYLE
 from cellray.core.errors import DataError
-from cellray.metrics.classification import confusion_matrix
 
-__all__ = ["plot_confusion", "write_report"]
+__all__ = ["Board", "page", "plot_confusion", "write_report"]
 
-Labels = Sequence[str] | npt.NDArray[np.generic]
-
-_DPI = 150
-_MOST_CLASSES = 60
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; margin: 2.5rem auto; padding: 0 1rem;
-       max-width: 1200px; }
-h1 { font-size: 1.5rem; margin-bottom: 0.3rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th { text-align: right; border-bottom: 2px solid #444; padding: 0.3rem 0.8rem; }
-td { text-align: right; border-bottom: 1px solid #e3e3e3; padding: 0.3rem 0.8rem; }
-th:first-child, td:first-child, td.remark, th.remark { text-align: left; }
-.spread { color: #777; } tr.reported td { color: #777; font-style: italic; }
-tr.divider td { color: #777; text-align: left; padding-top: 1rem; }
-.failed { color: #b00020; } .warning { border-left: 4px solid #e69f00; padding-left: 0.8rem; }
-dl { display: grid; grid-template-columns: max-content auto; gap: 0.1rem 1.2rem; color: #444; }
-dd { margin: 0; word-break: break-all; } img { max-width: 100%; } .legend { color: #555; }
-"""
+_WIDE = 1.5  # width / height above which a picture has a line of its own
 
 
-def plot_confusion(truth: Labels, predicted: Labels, *, path: str | Path, title: str = "") -> Path:
-    """Draw which class is taken for which: colour is the share of the true class, text the cells.
+@dataclass(frozen=True)
+class Board:
+    """One leaderboard and what belongs to it on a page.
 
-    Rows are true classes (largest first) with their number of cells; a class that only occurs in
-    predictions has an empty row, drawn last.
+    Attributes:
+        table: from :func:`cellray.bench.table.leaderboard`.
+        title: its heading.
+        facts: name -> value (data set, split, digests ...).
+        pictures: heading -> PNG file.
+        warnings: what a reader must know first.
+        metrics: ids to show; by default the headline and the usual ones.
+        links: run id -> address of its page, where there is one.
+    """
+
+    table: pd.DataFrame
+    title: str
+    facts: Mapping[str, object] = field(default_factory=dict)
+    pictures: Mapping[str, str | Path] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    metrics: Sequence[str] | None = None
+    links: Mapping[str, str] = field(default_factory=dict)
+
+
+def page(
+    path: str | Path,
+    boards: Sequence[Board],
+    *,
+    title: str,
+    reference: Iterable[ResultRow] = (),
+) -> Path:
+    """Write leaderboards and their pictures as one HTML file that needs no other file.
+
+    Several boards of one task and headline are preceded by a summary with the median rank.
 
     Args:
-        truth: N labels.
-        predicted: N labels.
-        path: PNG to write; its folder must exist.
-        title: heading.
+        path: where to write.
+        boards: at least one.
+        title: heading of the page.
+        reference: reported values of other data sets, shown folded at the end for reading only;
+            left out if any board is of synthetic data.
 
     Returns:
         ``path``.
 
     Raises:
-        DataError: lengths differ, a label is missing, nothing to draw, or more than 60 classes.
+        DataError: no board, a picture is missing, or a metric that a leaderboard lacks.
     """
-    matrix, names = confusion_matrix(truth, predicted)
-    if len(names) > _MOST_CLASSES:
-        raise DataError(
-            f"a confusion matrix of {len(names)} classes cannot be read; draw at most "
-            f"{_MOST_CLASSES}, e.g. of one lineage"
-        )
-    order = np.argsort(-matrix.sum(axis=1), kind="stable")
-    matrix, shown = matrix[np.ix_(order, order)], [names[i] for i in order]
-    support = matrix.sum(axis=1)
-    share = matrix / np.maximum(support, 1)[:, None]
-    side = max(3.2, 0.42 * len(shown))
-    figure = Figure(figsize=(side + 2.9, side + 1.9), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0)
-    _label_axes(axes, shown, support)
-    for row, column in zip(*np.nonzero(matrix), strict=True):
-        dark = share[row, column] > 0.55
-        axes.text(
-            column,
-            row,
-            f"{matrix[row, column]}",
-            ha="center",
-            va="center",
-            fontsize=7,
-            color="white" if dark else "#1A1A1A",
-        )
-    bar = figure.colorbar(image, ax=axes, shrink=0.7, pad=0.02)
-    bar.set_label("share of the true class", fontsize=8)
-    bar.ax.tick_params(labelsize=7)
-    bar.outline.set_visible(False)
-    correct = int(np.trace(matrix))
-    heading = f"{title}  ·  " if title else ""
-    axes.set_title(
-        f"{heading}{correct:,} of {support.sum():,} cells correct", fontsize=10, loc="left"
-    )
-    figure.savefig(path, dpi=_DPI, facecolor="white")
-    return Path(path)
-
-
-def _label_axes(axes: Any, names: Sequence[str], support: npt.NDArray[np.int64]) -> None:
-    ticks = range(len(names))
-    axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
-    rows = [f"{name} ({num:,})" for name, num in zip(names, support, strict=True)]
-    axes.set_yticks(ticks, rows, fontsize=8)
-    axes.set_xlabel("predicted", fontsize=9)
-    axes.set_ylabel("true (cells)", fontsize=9)
-    axes.tick_params(length=0)
-    axes.set_xticks(np.arange(len(names) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(names) - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color="#EFEFEF", linewidth=0.6)
-    axes.tick_params(which="minor", length=0)
-    for side in axes.spines.values():
-        side.set_color("#D0D0D0")
-
-
-def _cell(row: pd.Series, metric: str) -> str:
-    mean, plus, spread = value_text(row, metric).strip().partition(" ± ")
-    if math.isnan(float(row[metric])):
-        return f'<td class="failed">{html.escape(mean)}</td>' if mean != "-" else "<td>-</td>"
-    low, high = float(row[f"{metric}.ci95_low"]), float(row[f"{metric}.ci95_high"])
-    hint = "" if math.isnan(low) else f' title="95 % interval {low:.3f} to {high:.3f}"'
-    tail = f' <span class="spread">± {html.escape(spread)}</span>' if plus else ""
-    return f"<td{hint}>{html.escape(mean)}{tail}</td>"
-
-
-def _table(board: pd.DataFrame, metrics: Sequence[str]) -> str:
-    heads = "".join(f"<th>{html.escape(title_of(m))}</th>" for m in metrics)
-    lines = [f'<tr><th>method</th><th>seeds</th>{heads}<th class="remark">remark</th></tr>']
-    divided = False
-    for _, row in board.iterrows():
-        reported = row["provenance"] == "reported"
-        if reported and not divided:
-            divided = True
-            width = len(metrics) + 3
-            lines.append(
-                f'<tr class="divider"><td colspan="{width}">reported by others, not measured '
-                "here</td></tr>"
-            )
-        name = f"{row['method']} †" if reported else str(row["method"])
-        note = row["note"] if isinstance(row.get("note"), str) else ""
-        remarks = (row["error"], row["reported_source"], note)
-        remark = "; ".join(html.escape(str(r)) for r in remarks if r)
-        style = ' class="reported"' if reported else ""
-        seeds = "-" if reported else str(row["n_seeds"])
-        values = "".join(_cell(row, metric) for metric in metrics)
-        lines.append(
-            f"<tr{style}><td>{html.escape(name)}</td><td>{seeds}</td>{values}"
-            f'<td class="remark">{remark}</td></tr>'
-        )
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
-
-
-def _picture(title: str, path: Path) -> str:
-    if not path.is_file():
-        raise DataError(f"no picture at '{path}' for '{title}'")
-    data = base64.b64encode(path.read_bytes()).decode()
+    if not boards:
+        raise DataError("no leaderboard to make a page of")
     safe = html.escape(title)
-    return f'<h2>{safe}</h2>\n<img alt="{safe}" src="data:image/png;base64,{data}">'
+    parts = [
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light">',
+        f"<title>{safe}</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+        f"<h1>{safe}</h1>",
+        _summaries(boards),
+        *(_section(board, place) for place, board in enumerate(boards)),
+        _legend(boards),
+        "" if any(b.table.attrs.get("synthetic") for b in boards) else _reference(reference),
+        "</body>\n</html>\n",
+    ]
+    Path(path).write_text("\n".join(part for part in parts if part), encoding="utf-8")
+    return Path(path)
 
 
 def write_report(
@@ -171,39 +101,222 @@ def write_report(
     warnings: Sequence[str] = (),
     metrics: Sequence[str] | None = None,
 ) -> Path:
-    """Write table and pictures as one HTML file that needs no network and no other file.
-
-    Args:
-        path: where to write.
-        title: heading.
-        board: from :func:`cellray.bench.table.leaderboard`.
-        facts: name -> value, shown above the table (data set, split, digests ...).
-        pictures: heading -> PNG file.
-        warnings: what a reader must know first.
-        metrics: ids to show; by default accuracy, macro P, R and F1.
-
-    Returns:
-        ``path``.
+    """Write one leaderboard as a page; see :func:`page` and :class:`Board`.
 
     Raises:
         DataError: a picture is missing, or a metric that the leaderboard lacks.
     """
-    shown = board_metrics(board, metrics)
-    safe = html.escape(title)
-    named = "".join(
-        f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>" for k, v in facts.items()
+    only = Board(
+        table=board,
+        title="",
+        facts=facts,
+        pictures=pictures,
+        warnings=warnings,
+        metrics=metrics,
     )
-    meaning = "<br>".join(html.escape(line) for line in legend(shown).splitlines())
+    return page(path, [only], title=title)
+
+
+def _section(board: Board, place: int) -> str:
+    """One leaderboard."""
+    table = board.table
+    columns = columns_of(table, board.metrics)
+    measured = num_measured(table)
+    heading = f'<h2 id="t{place}">{html.escape(board.title)}</h2>' if board.title else ""
+    facts = "".join(
+        f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(str(v))}</dd>"
+        for k, v in board.facts.items()
+    )
+    evidence = part_of(columns, "evidence")
     parts = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        f"<title>{safe}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-        f"<h1>{safe}</h1>\n<dl>{named}</dl>",
-        *(f'<p class="warning">{html.escape(text)}</p>' for text in warnings),
-        _table(board, shown),
-        '<p class="legend">mean ± standard deviation over seeds (n/a: one seed, or no seed '
-        f"changes the method)<br>{meaning}</p>",
-        *(_picture(name, Path(file)) for name, file in pictures.items()),
-        "</body>\n</html>\n",
+        f"<section>\n{heading}",
+        f'<p class="banner">{html.escape(SYNTHETIC)}</p>' if table.attrs.get("synthetic") else "",
+        *(f'<p class="warning">{html.escape(text)}</p>' for text in board.warnings),
+        _scores(table, columns, measured),
+        "<h3>Evidence and cost</h3>\n" + _table(evidence, measured) if evidence else "",
+        _runs(columns, measured, board.links),
+        f"<dl>{facts}</dl>" if facts else "",
+        _pictures(board.pictures),
+        "</section>",
     ]
-    Path(path).write_text("\n".join(parts), encoding="utf-8")
-    return Path(path)
+    return "\n".join(part for part in parts if part)
+
+
+def _td(column: Column, cell: Cell) -> str:
+    style = "num" if column.numeric else "text"
+    style += f" {cell.kind}" if cell.kind == "failed" else ""
+    hint = f' title="{html.escape(cell.hint)}"' if cell.hint else ""
+    text = html.escape(_blank(cell.text))
+    text = f"<b>{text}</b>" if cell.bold else text
+    widest = max(len(other.tail.strip()) for other in column.cells)
+    tail = ""
+    if widest and cell.is_number:  # every number of the column ends where the others do
+        inner = html.escape(cell.tail.strip())
+        tail = f'<span class="spread" style="width: {widest + 1}ch">{inner}</span>'
+    return f'<td class="{style}"{hint}>{text}{tail}</td>'
+
+
+def _blank(text: str) -> str:
+    """Padding in blanks as wide as a figure, which HTML does not swallow."""
+    stripped = text.rstrip(" ")
+    return stripped + "\u2007" * (len(text) - len(stripped))
+
+
+def _heads(columns: Sequence[Column]) -> str:
+    return "".join(
+        f'<th class="{"num" if c.numeric else "text"}"'
+        + (f' title="{html.escape(c.hint)}"' if c.hint else "")
+        + f">{html.escape(c.title)}</th>"
+        for c in columns
+    )
+
+
+def _table(columns: Sequence[Column], num_lines: int, style: str = "") -> str:
+    lines = [_tr([_heads(columns)])]
+    lines += [_tr([_td(c, c.cells[line]) for c in columns], style) for line in range(num_lines)]
+    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+
+
+def _scores(table: pd.DataFrame, columns: Sequence[Column], measured: int) -> str:
+    """The table of scores: remarks under measured methods, sources below the reported block."""
+    shown = part_of(columns, "scores")
+    remarks = next((c for c in columns if c.part == "remark"), None)
+    lines = [_tr([_heads(shown)])]
+    for line in range(len(table)):
+        reported = line >= measured
+        if line == measured:
+            lines.append(f'<tr class="divider"><td colspan="{len(shown)}">{REPORTED}</td></tr>')
+        cells = [_td(column, column.cells[line]) for column in shown]
+        remark = remarks.cells[line].text if remarks and not reported else ""
+        if remark:
+            note = f'<div class="remark">{html.escape(remark)}</div>'
+            cells[0] = cells[0].removesuffix("</td>") + note + "</td>"
+        family = table["family"].iloc[line]
+        style = "reported" if reported else ("control" if family == "control" else "")
+        lines.append(_tr(cells, style))
+    sources = [
+        f"<p class='source'>† {html.escape(names.replace(' †', ''))}: {html.escape(text)}</p>"
+        for names, text in remarks_of(columns)
+        if "†" in names
+    ]
+    body = '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
+    return "\n".join([body, *sources])
+
+
+def _tr(cells: Sequence[str], style: str = "") -> str:
+    return f'<tr class="{style}">{"".join(cells)}</tr>' if style else f"<tr>{''.join(cells)}</tr>"
+
+
+def _runs(columns: Sequence[Column], measured: int, links: Mapping[str, str]) -> str:
+    """The runs behind each line, folded."""
+    names = next(c for c in columns if c.part == "name").cells
+    runs = next((c for c in columns if c.part == "runs"), None)
+    if runs is None:
+        return ""
+    lines = []
+    for name, cell in zip(names[:measured], runs.cells[:measured], strict=True):
+        shown = [_run_link(run, links.get(run, "")) for run in cell.text.split()]
+        if shown:
+            lines.append(f"<dt>{html.escape(name.text)}</dt><dd>{' '.join(shown)}</dd>")
+    return f"<details><summary>runs</summary><dl>{''.join(lines)}</dl></details>"
+
+
+def _run_link(run: str, address: str) -> str:
+    safe = f"<code>{html.escape(run)}</code>"
+    return f'<a href="{html.escape(address)}">{safe}</a>' if address else safe
+
+
+def _summaries(boards: Sequence[Board]) -> str:
+    """For each task and headline with several boards: values, ranks and their median."""
+    if len(boards) < 2:
+        return ""
+    links = "".join(
+        f'<li><a href="#t{place}">{html.escape(board.title or "table")}</a></li>'
+        for place, board in enumerate(boards)
+    )
+    parts = [f"<nav><ul>{links}</ul></nav>"]
+    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for board in boards:
+        key = (str(board.table.attrs.get("task")), str(board.table.attrs.get("headline")))
+        groups.setdefault(key, []).append(board.table)
+    for (task, _), tables in groups.items():
+        if len(tables) > 1:
+            columns = columns_across(tables)
+            parts.append(f"<h2>{html.escape(task)}: all data sets</h2>")
+            parts.append(_table(columns, len(columns[0].cells)))
+            parts.append(f'<p class="legend">{html.escape(RANKS)}</p>')
+    return "\n".join(parts)
+
+
+def _legend(boards: Sequence[Board]) -> str:
+    metrics = dict.fromkeys(m for b in boards for m in board_metrics(b.table, b.metrics))
+    lines = [*NOTES, *legend(list(metrics)).splitlines()]
+    told = "".join(f"<li>{html.escape(line)}</li>" for line in lines)
+    return f'<section class="legend"><h2>How to read this</h2><ul>{told}</ul></section>'
+
+
+def _size(data: bytes, where: Path) -> tuple[int, int]:
+    """Width and height in the header of a PNG file."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise DataError(f"'{where}' is no PNG picture")
+    width, height = struct.unpack(">II", data[16:24])
+    return int(width), int(height)
+
+
+def _pictures(pictures: Mapping[str, str | Path]) -> str:
+    figures = []
+    for title, where in pictures.items():
+        path = Path(where)
+        if not path.is_file():
+            raise DataError(f"no picture at '{path}' for '{title}'")
+        data = path.read_bytes()
+        width, height = _size(data, path)
+        safe = html.escape(title)
+        style = "wide" if width > _WIDE * height else "half"
+        source = base64.b64encode(data).decode()
+        figures.append(
+            f'<figure class="{style}"><figcaption>{safe}</figcaption>'
+            f'<img alt="{safe}" src="data:image/png;base64,{source}"></figure>'
+        )
+    return f'<div class="figures">{"".join(figures)}</div>' if figures else ""
+
+
+def _reference(rows: Iterable[ResultRow]) -> str:
+    """Reported values of other data sets, folded: for reading, beside nothing measured."""
+    groups: dict[tuple[str, str, str], list[ResultRow]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.dataset_id, row.split_id), []).append(row)
+    parts = []
+    for (task, dataset, split), found in groups.items():
+        frame = pd.DataFrame(
+            {
+                "method": f"{row.method} †",
+                "metric": row.metric_id,
+                "value": "" if row.value is None else f"{row.value:.3f}",
+                "source": row.reported_source,
+            }
+            for row in found
+        )
+        wide = frame.pivot_table(
+            index=["source", "method"],
+            columns="metric",
+            values="value",
+            aggfunc="first",
+            sort=False,
+        ).fillna("-")
+        for source, block in wide.groupby(level=0, sort=False):
+            names = tuple(Cell(str(method)) for _, method in block.index)
+            columns = [Column("method", names, numeric=False, part="name")]
+            for metric in dict.fromkeys(row.metric_id for row in found):
+                cells = tuple(Cell(str(text)) for text in block[metric])
+                if any(cell.text != "-" for cell in cells):
+                    columns.append(Column(metric, cells))
+            parts.append(
+                f"<h3>{html.escape(f'{task}: {dataset} ({split})')}</h3>"
+                f"<p class='source'>{html.escape(str(source))}</p>"
+                + _table(columns, len(names), "reported")
+            )
+    if not parts:
+        return ""
+    summary = "Reported by others on other data sets: for reading, nothing here was measured"
+    return f"<details><summary>{summary}</summary>{''.join(parts)}</details>"

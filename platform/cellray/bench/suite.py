@@ -1,59 +1,45 @@
-"""The benchmark job: every method and baseline on one split, every result a run in MLflow.
+"""The benchmark job: method x data set x seed as Ray tasks, every result a run in MLflow.
 
-One parent run holds the aggregate; one child run per (method, seed) holds parameters, metrics and
-predictions. The table is computed from the children by query. Each finished (method, seed) is kept
-in the run directory, so that an interrupted benchmark goes on where it stood; a method that fails
-is shown as failed.
+One MLflow parent a data set and split holds the aggregate; one child a (method, seed) holds
+parameters, metrics and answers. The tables are computed from the children by query. Each finished
+cell of a table is kept in the run directory, so that an interrupted benchmark goes on where it
+stood; a cell that fails is shown as failed, and tried again by the same command.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy import sparse
+import ray
 
-from cellray.baselines.base import baseline
-from cellray.bench.pictures import draw_umap
-from cellray.bench.record import (
-    Setting,
-    experiment_name,
-    kept_file,
-    record,
-    rows_from_children,
-)
-from cellray.bench.render import render_markdown, render_terminal
-from cellray.bench.report import plot_confusion, write_report
-from cellray.bench.table import ResultRow, leaderboard, to_frame
+from cellray.bench.conclude import Table, conclude, write_page
+from cellray.bench.entries import Entry, compulsory_of, entries_of, finetune_run
+from cellray.bench.record import kept_file, record, record_failure
+from cellray.bench.rows import Status
+from cellray.bench.setting import Parent, Setting, open_setting
+from cellray.bench.work import answer_of
 from cellray.core.errors import CellrayError, ConfigError
-from cellray.core.section import apply_overrides, flatten, merge, read_toml, to_dict
-from cellray.infer.load import load
-from cellray.tasks.base import task
-from cellray.train.finetune import finetune, predict_labels, prepare_finetune
-from cellray.train.prepare import select_cells
+from cellray.core.section import flatten, to_dict
+from cellray.metrics.base import metric
+from cellray.train.finetune import prepare_finetune
 from cellray.train.rundir import RunDirectory
-from cellray.train.tracking import (
-    Tracker,
-    check_tracking,
-    code_version,
-    open_command,
-    tracking_uri,
-)
+from cellray.train.tracking import Tracker, check_tracking, open_command, tracking_uri
+from cellray.train.trainer import cpus_needed, ensure_ray, kept_interrupt
 
 if TYPE_CHECKING:
-    from cellray.runs import BenchmarkRun, FinetuneRun
+    from cellray.runs import BenchmarkRun
+    from cellray.train.config import ScaleSection
 
 __all__ = ["BenchmarkResult", "benchmark", "check_benchmark"]
 
 Say = Callable[[str], None]
-_BLOCK_CELLS = 4096
+_WORK_CPUS = 0.5  # of a cell that trains: its workers reserve their own
 
 
 @dataclass(frozen=True)
@@ -61,184 +47,147 @@ class BenchmarkResult:
     """What a benchmark found.
 
     Attributes:
-        table: the leaderboard, one row a method.
-        text: the same for a terminal.
-        umap_path: picture of the best model's cell embedding.
-        report_path: self-contained HTML page with the table and the pictures.
-        models: method -> exported model of its first seed.
+        tables: data set -> leaderboard, one row a method.
+        text: the tables for a terminal.
+        report_path: self-contained HTML page with tables and pictures.
+        pictures: data set -> title -> PNG.
+        models: data set -> method -> exported model of its first seed.
         open_command: opens the MLflow pages.
-        mlflow_run_id: the parent run, "" if tracking is off.
+        mlflow_run_ids: data set -> its parent run; empty if tracking is off.
     """
 
-    table: pd.DataFrame
+    tables: Mapping[str, pd.DataFrame]
     text: str
-    umap_path: str
     report_path: str
-    models: Mapping[str, str]
+    pictures: Mapping[str, Mapping[str, str]]
+    models: Mapping[str, Mapping[str, str]]
     open_command: str
-    mlflow_run_id: str = ""
+    mlflow_run_ids: Mapping[str, str]
 
     def lines(self) -> list[str]:
         """What the command line prints."""
         told = ["", self.text, ""]
-        told += [f"checkpoint ({name}): {path}" for name, path in self.models.items()]
-        told += [f"UMAP picture: {self.umap_path}"] if self.umap_path else []
+        for models in self.models.values():
+            told += [f"checkpoint ({name}): {path}" for name, path in models.items()]
         told.append(f"report: {self.report_path}")
         return told + ([f"MLflow: {self.open_command}"] if self.open_command else [])
 
 
-def method_run(run: BenchmarkRun, method: str, seed: int) -> FinetuneRun:
-    """The fine-tuning run of one cell of the table, validated.
+@dataclass(frozen=True)
+class Work:
+    """Cells of a table that are worked on together, by one Ray task.
 
-    Its task and selection of cells are the benchmark's, whatever its own file says.
+    Attributes:
+        dataset: its name.
+        entry: the row.
+        seeds: those still to do; a fine-tuning run has one, the others share what they read.
     """
-    from cellray.runs import FinetuneRun, build_run
 
-    data = to_dict(run.data)
-    shared = ("uri", "measurement", "layer", "obs_filter", "min_genes_per_cell")
-    raw = merge(
-        read_toml(run.methods[method]),
-        {
-            "name": f"{method}-seed{seed}",
-            "seed": seed,
-            "data": {key: data[key] for key in shared},
-            "checkpoint": {"dir": str(RunDirectory(run.checkpoint.dir, run.name).path)},
-            "tracking": to_dict(run.tracking)
-            | {
-                "mlflow_uri": tracking_uri(run.tracking, run.checkpoint.dir),
-                "experiment": run.tracking.experiment or f"benchmark-{to_dict(run.task)['name']}",
-            },
-        },
-    )
-    raw["task"] = to_dict(run.task)
-    if seed != run.seeds[0]:
-        raw.pop("register_as", None)  # one version a method, not one a seed
-    raw = apply_overrides(raw, run.overrides)
-    built = build_run("finetune", raw, source=f"{run.methods[method]} for '{method}'")
-    assert isinstance(built, FinetuneRun)
-    return built
+    dataset: str
+    entry: Entry
+    seeds: tuple[int, ...]
 
 
-def _setting(run: BenchmarkRun, tracker: Tracker | None, directory: Path) -> Setting:
-    unit = task(run.task.name)  # type: ignore[attr-defined]
-    cells = select_cells(run.data, lambda known: unit.columns(run.task, known))
-    split = unit.split(cells.keyed(), run.task, seed=0)
-    targets = unit.fit(cells.obs, run.task, split)
-    template = ResultRow(
-        task=unit.name,
-        dataset_id="+".join(Path(uri).name for uri in run.data.uris),
-        method="",
-        method_family="baseline",
-        status="skipped",
-        dataset_sha256=cells.store.fingerprint(cells.joinids),
-        split_id=split.unit,
-        split_sha256=split.split_sha256,
-        split_unit=split.unit,
-        n_cells=len(cells.joinids),
-        n_genes=cells.store.num_genes,
-        n_train=len(split.train),
-        n_val=len(split.validation),
-        n_test=len(split.test),
-        git_commit=code_version()["git_commit"],
-    )
-    return Setting(run, unit, cells, split, targets, template, directory, tracker)
+def _directory(run: BenchmarkRun) -> RunDirectory:
+    return RunDirectory(run.checkpoint.dir, run.name)
 
 
-def _counts(setting: Setting, joinids: npt.NDArray[np.int64]) -> sparse.csr_matrix:
-    """Raw counts of cells over all genes of the store, (N, V) float32."""
-    store = setting.cells.store
-    every = np.arange(store.num_genes, dtype=np.int32)
-    parts = []
-    for first in range(0, len(joinids), _BLOCK_CELLS):
-        block = store.read_block(joinids[first : first + _BLOCK_CELLS], every)
-        shape = (len(block), store.num_genes)
-        parts.append(sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape))
-    return sparse.csr_matrix(sparse.vstack(parts))
+def _scales(setting: Setting, entries: Sequence[Entry]) -> list[ScaleSection]:
+    """What the fine-tuning runs of a data set reserve."""
+    seed = setting.run.seeds[0]
+    return [finetune_run(setting, e, seed).scale for e in entries if e.kind == "finetune"]
 
 
-def _run_baselines(setting: Setting, say: Say) -> None:
-    """Every baseline with every seed, on the cells that models train on."""
-    train, test = setting.split.train, setting.split.test
-    todo = [
-        (name, seed)
-        for name in setting.run.baselines
-        for seed in setting.run.seeds
-        if not kept_file(setting, name, seed).is_file()
-    ]
-    if not todo:
-        return
-    train_counts, test_counts = _counts(setting, train), _counts(setting, test)
-    rows = np.searchsorted(setting.cells.joinids, train)
-    labels = setting.targets.codes[rows]
-    classes = np.asarray(setting.targets.classes, dtype=object)
-    for name, seed in todo:
-        unit = baseline(name)
-        config = unit.config(name=name)
-        started = time.perf_counter()
-        predictor = unit.fit(config, train_counts, labels, seed)
-        predicted = classes[predictor.predict(test_counts)]
-        seconds = time.perf_counter() - started
-        template = replace(
-            setting.template,
-            method=name,
-            seed=seed,
-            seed_scope=unit.seed_scope,
-            params_json=json.dumps(to_dict(config)),
-            wall_s=seconds,
-            overlap_flag="none",
-        )
-        record(setting, template, predicted, say, params=to_dict(config))
+def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
+    """Refuse to mix results of two configurations of one method.
 
-
-def _run_methods(setting: Setting, say: Say) -> dict[str, str]:
-    """Fine-tune every method with every seed; returns method -> model of its first seed."""
-    models: dict[str, str] = {}
-    for method in setting.run.methods:
+    Raises:
+        ConfigError: a kept result was made by another configuration.
+    """
+    for entry in entries:
+        if entry.kind != "finetune":
+            continue
         for seed in setting.run.seeds:
-            run = method_run(setting.run, method, seed)
-            model = RunDirectory(run.checkpoint.dir, run.name).model
-            if not kept_file(setting, method, seed).is_file():
-                _run_method(setting, method, run, say)
-            if model.is_dir():
-                models.setdefault(method, str(model))
-    return models
+            file = kept_file(setting, entry, seed)
+            if not file.is_file():
+                continue
+            kept = flatten(json.loads(json.loads(file.read_text())[0]["params_json"]))
+            now = flatten(to_dict(finetune_run(setting, entry, seed)))
+            skip = ("tracking.", "checkpoint.", "scale.")
+            differ = sorted(
+                k
+                for k in set(kept) | set(now)
+                if kept.get(k) != now.get(k) and not k.startswith(skip)
+            )
+            if differ:
+                raise ConfigError(
+                    f"'{file}' holds a result of '{entry.name}' with other settings "
+                    f"({', '.join(differ[:3])}); give the benchmark another name, or remove that "
+                    f"file and the folder '{setting.directory / file.stem}'"
+                )
 
 
-def _run_method(setting: Setting, method: str, run: FinetuneRun, say: Say) -> None:
-    started = time.perf_counter()
-    template = replace(
-        setting.template,
-        method=method,
-        method_family="foundation_ft" if run.init_from else "from_scratch",
-        seed=run.seed,
-        seed_scope="init, batch order, validation cells",
-        init="pretrained" if run.init_from else "scratch",
-        checkpoint_id=run.init_from,
-        params_json=json.dumps(to_dict(run)),
-        world_size=run.scale.workers,
-        precision=run.train.precision,
+def check_benchmark(run: BenchmarkRun) -> list[str]:
+    """Check baselines, tracking, data, splits and every method; returns lines for ``--check``.
+
+    Raises:
+        ConfigError: a compulsory baseline is left out, or a method does not fit the task.
+        CellrayError: a configuration or the data do not fit.
+    """
+    if run.tracking.enabled:
+        check_tracking(tracking_uri(run.tracking, run.checkpoint.dir))
+    if len(set(run.seeds)) < len(run.seeds):
+        raise ConfigError(f"seeds = {run.seeds} holds one twice; give each once")
+    lines = []
+    for name in run.datasets:
+        setting = open_setting(run, name)
+        entries = entries_of(setting)
+        split = setting.first.split
+        for entry in entries:
+            if entry.kind == "finetune":
+                prepare_finetune(finetune_run(setting, entry, run.seeds[0]))
+        _check_kept(setting, entries)
+        lines += [
+            f"{name}: {len(split.train)} cells to train on, {len(split.validation)} to validate "
+            f"on, {len(split.test)} to test on, held out by {split.unit}",
+            f"{name}: {len(entries)} rows x {len(run.seeds)} seeds, of which "
+            f"{sum(e.kind == 'finetune' for e in entries) * len(run.seeds)} fine-tunings: "
+            f"{', '.join(e.name for e in entries)}",
+            *[f"{name}: warning: {warning}" for warning in setting.guards.warnings],
+        ]
+    return lines
+
+
+def _parent(setting: Setting, uri: str) -> Parent:
+    """The MLflow run of a data set: the one it began with, else a new one."""
+    run, unit = setting.run, setting.unit
+    experiment = run.tracking.experiment or f"benchmark-{unit.name}"
+    setting.directory.mkdir(parents=True, exist_ok=True)
+    notes = RunDirectory(str(setting.directory.parent), setting.directory.name)
+    old = notes.read("mlflow.json")
+    if old.get("uri") == uri:
+        Tracker(uri, old["run_id"]).restart()
+        return Parent(uri, old["run_id"], experiment)
+    tags = {**setting.tags(), "cellray.compulsory": json.dumps(compulsory_of(setting))}
+    tracker = Tracker.start(
+        uri, experiment=experiment, name=f"{run.name}: {setting.name}", tags=tags
     )
-    params = to_dict(run)
-    parent = setting.tracker.run_id if setting.tracker else None
-    try:
-        prepared = prepare_finetune(run)
-        result = finetune(run, say, parent=parent, prepared=prepared, look_at_test=False)
-        model = load(result.trained.model_dir)
-        predicted = predict_labels(model, prepared, setting.split.test)
-    except (CellrayError, RuntimeError, OSError) as error:
-        begun = RunDirectory(run.checkpoint.dir, run.name).read("mlflow.json")
-        child = Tracker(begun["uri"], begun["run_id"]) if begun else None
-        record(setting, template, None, say, params=params, error=_short(error), tracker=child)
-        return
-    child = None
-    if setting.tracker is not None and result.trained.mlflow_run_id:
-        child = Tracker(setting.tracker.uri, result.trained.mlflow_run_id)
-    template = replace(
-        template,
-        wall_s=time.perf_counter() - started,
-        cells_per_s=result.trained.metrics.get("cells_per_s"),
-    )
-    record(setting, template, predicted, say, params={}, tracker=child)
+    notes.write("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
+    table = {k: v for k, v in to_dict(run).items() if k != "datasets"}
+    tracker.params(flatten({**table, **to_dict(setting.section)}))
+    return Parent(uri, tracker.run_id, experiment)
+
+
+def _to_do(setting: Setting, entries: Sequence[Entry]) -> list[Work]:
+    """The cells of a table that are not finished, as units of work."""
+    works = []
+    for entry in entries:
+        seeds = [s for s in setting.run.seeds if not kept_file(setting, entry, s).is_file()]
+        if entry.kind == "finetune":
+            works += [Work(setting.name, entry, (seed,)) for seed in seeds]
+        elif seeds:
+            works.append(Work(setting.name, entry, tuple(seeds)))
+    return works
 
 
 def _short(error: BaseException) -> str:
@@ -246,35 +195,92 @@ def _short(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:500]
 
 
-def check_benchmark(run: BenchmarkRun) -> list[str]:
-    """Check baselines, tracking, data, split and every method; returns lines for ``--check``.
+def _work(raw: Mapping[str, Any], work: Work, parent: Parent | None, here: str) -> list[str]:
+    """Do a unit of work in a process of its own; returns what is to be said, a line a cell."""
+    from cellray.runs import BenchmarkRun, build_run
 
-    Raises:
-        ConfigError: a compulsory baseline is left out.
-        CellrayError: a configuration or the data do not fit.
-    """
-    unit = task(run.task.name)  # type: ignore[attr-defined]
-    absent = [name for name in unit.compulsory if name not in run.baselines]
-    if absent:
-        raise ConfigError(
-            f"baselines = {run.baselines} lacks {', '.join(absent)}; a table of task "
-            f"'{unit.name}' is not shown without {', '.join(unit.compulsory)}"
+    if os.path.isdir(here):
+        os.chdir(here)  # paths of a configuration are the driver's
+    run = build_run("benchmark", raw)
+    assert isinstance(run, BenchmarkRun)
+    setting = open_setting(run, work.dataset, parent)
+    told = []
+    for seed in work.seeds:
+        part = setting.part(seed)
+        cell = f"{work.entry.name} on {work.dataset}, seed {seed}"
+        try:
+            rows = record(setting, part, work.entry, answer_of(setting, part, work.entry))
+        except (CellrayError, RuntimeError, OSError, ValueError, ArithmeticError) as error:
+            record_failure(setting, part, work.entry, _short(error))
+            told.append(f"{cell}: failed: {_short(error)}")
+            continue
+        shown = next((r for r in rows if r.metric_id == setting.unit.headline), rows[0])
+        told.append(f"{cell}: {metric(shown.metric_id).title} {shown.value:.4f}")
+    return told
+
+
+class _Queue:
+    """Units of work as Ray tasks, a few at a time, with what is said of each."""
+
+    def __init__(
+        self, run: BenchmarkRun, parents: Mapping[str, Parent | None], say: Say, at_a_time: int
+    ) -> None:
+        raw = {k: v for k, v in to_dict(run).items() if v is not None}
+        self._raw = ray.put(raw)
+        self._at_a_time, self._parents, self._say = at_a_time, parents, say
+        self._task = ray.remote(_work)
+
+    def _submit(self, work: Work) -> Any:
+        cpus = _WORK_CPUS if work.entry.kind == "finetune" else 1.0
+        options = self._task.options(
+            num_cpus=cpus, max_retries=0, name=f"{work.entry.name}@{work.dataset}"
         )
-    uri = tracking_uri(run.tracking, run.checkpoint.dir)
-    if run.tracking.enabled:
-        check_tracking(uri)
-    for name in run.baselines:
-        baseline(name)
-    split = _setting(run, None, Path()).split
-    for method in run.methods:
-        prepare_finetune(method_run(run, method, run.seeds[0]))
-    return [
-        f"cells: {len(split.train)} to train on, {len(split.validation)} to validate on, "
-        f"{len(split.test)} to test on, held out by {split.unit}",
-        f"runs: {len(run.methods) * len(run.seeds)} fine-tunings ({', '.join(run.methods)}), "
-        f"{len(run.baselines) * len(run.seeds)} baseline fits",
-        *[f"warning: {warning}" for warning in split.warnings],
-    ]
+        return options.remote(self._raw, work, self._parents[work.dataset], os.getcwd())
+
+    def run(self, works: Sequence[Work], settings: Mapping[str, Setting]) -> None:
+        """Do all work; a process that dies is a cell that failed."""
+        total, done, started = sum(len(w.seeds) for w in works), 0, time.monotonic()
+        waiting = list(works)
+        running: dict[Any, Work] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < self._at_a_time:
+                    work = waiting.pop(0)
+                    running[self._submit(work)] = work
+                (ended,), _ = ray.wait(list(running), num_returns=1)
+                work = running.pop(ended)
+                lines = self._outcome(ended, work, settings[work.dataset])
+                done += len(work.seeds)
+                left = (time.monotonic() - started) / done * (total - done)
+                for line in lines:
+                    self._say(line)
+                self._say(f"{done}/{total} cells of the tables  ETA {left:.0f} s")
+        except KeyboardInterrupt:
+            for task in running:
+                ray.cancel(task, force=True)
+            self._say("interrupted: finished cells are kept, the same command does the others")
+            raise
+
+    def _outcome(self, task: Any, work: Work, setting: Setting) -> list[str]:
+        try:
+            told: list[str] = ray.get(task)
+            return told
+        except ray.exceptions.RayError as error:
+            how: Status = "oom" if isinstance(error, ray.exceptions.OutOfMemoryError) else "failed"
+            text = _short(error)
+            undone = [s for s in work.seeds if not kept_file(setting, work.entry, s).is_file()]
+            for seed in undone:
+                record_failure(setting, setting.part(seed), work.entry, text, status=how)
+            return [f"{work.entry.name} on {work.dataset}: failed: {text}"]
+
+
+def _enter(run: BenchmarkRun, settings: Mapping[str, Setting]) -> None:
+    """Take the run directory; it stays with one configuration and one state of the data."""
+    prints = {}
+    for name, setting in settings.items():
+        prints[f"data of {name}"] = setting.template.dataset_sha256
+        prints[f"split of {name}"] = setting.template.split_sha256
+    _directory(run).enter(to_dict(run), prints, run.checkpoint.resume)
 
 
 def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
@@ -285,107 +291,69 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
     """
     check_benchmark(run)
     uri = tracking_uri(run.tracking, run.checkpoint.dir)
-    directory = RunDirectory(run.checkpoint.dir, run.name)
-    setting = _setting(run, None, directory.path)
-    prints = {"data": setting.template.dataset_sha256, "split": setting.split.split_sha256}
-    directory.enter(to_dict(run), prints, run.checkpoint.resume)
-    for warning in setting.split.warnings:
-        say(f"warning: {warning}")
-    tracker = _parent(run, directory, uri) if run.tracking.enabled else None
-    setting = replace(setting, tracker=tracker)
+    settings = {name: open_setting(run, name) for name in run.datasets}
+    _enter(run, settings)
+    entries, parents = {}, {}
+    for name, setting in settings.items():
+        for warning in setting.guards.warnings:
+            say(f"{name}: warning: {warning}")
+        entries[name] = entries_of(setting)
+        parents[name] = _parent(setting, uri) if run.tracking.enabled else None
+    settings = {name: replace(s, parent=parents[name]) for name, s in settings.items()}
+    works = [work for name, s in settings.items() for work in _to_do(s, entries[name])]
     status = "FAILED"
     try:
-        _run_baselines(setting, say)
-        models = _run_methods(setting, say)
-        result = _conclude(setting, models, uri)
+        if works:
+            at_a_time = _start_ray(run, settings, entries)
+            if at_a_time < run.concurrent:
+                say(f"the cluster has room for {at_a_time} of concurrent = {run.concurrent}")
+            with kept_interrupt():
+                _Queue(run, parents, say, at_a_time).run(works, settings)
+        tables = [conclude(s, entries[name]) for name, s in settings.items()]
+        result = _result(run, tables, uri)
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
-        if tracker is not None:
-            tracker.end(status)
+        for parent in parents.values():
+            if parent is not None:
+                Tracker(parent.uri, parent.run_id).end(status)
     return result
 
 
-def _parent(run: BenchmarkRun, directory: RunDirectory, uri: str) -> Tracker:
-    old = directory.read("mlflow.json")
-    if old.get("uri") == uri:
-        tracker = Tracker(uri, old["run_id"])
-        tracker.restart()
-        return tracker
-    tracker = Tracker.start(uri, experiment=experiment_name(run), name=run.name)
-    directory.write("mlflow.json", {"uri": uri, "run_id": tracker.run_id})
-    tracker.params(flatten(to_dict(run)))
-    return tracker
+def _start_ray(
+    run: BenchmarkRun, settings: Mapping[str, Setting], entries: Mapping[str, Sequence[Entry]]
+) -> int:
+    """A cluster for the largest cells of the tables; how many of them fit side by side.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    scales = [scale for name, s in settings.items() for scale in _scales(s, entries[name])]
+    largest = max(scales, key=cpus_needed, default=None)
+    if not ray.is_initialized():
+        ensure_ray(largest, extra_cpus=run.concurrent * 1.0, times=run.concurrent)
+    ensure_ray(largest, extra_cpus=1.0)
+    each = 1.0 + (cpus_needed(largest) if largest else 0.0)
+    return max(1, min(run.concurrent, int(ray.cluster_resources().get("CPU", 1) // each)))
 
 
-def _pictures(setting: Setting, models: Mapping[str, str], board: pd.DataFrame) -> dict[str, Path]:
-    """The best model's embedding and confusion matrix; nothing without a model."""
-    best = next((m for m in board["method"] if m in models), None)
-    if best is None:
-        return {}
-    seed = setting.run.seeds[0]
-    kept = pd.read_csv(kept_file(setting, best, seed).with_suffix(".csv"))
-    confusion = plot_confusion(
-        setting.truth,
-        kept["predicted"].astype(str).to_numpy(),
-        path=setting.directory / "confusion.png",
-        title=f"{best}, seed {seed}: test cells",
-    )
-    umap = draw_umap(
-        models[best],
-        setting.cells,
-        setting.split,
-        label=to_dict(setting.run.task)["label"],
-        predictions=dict(zip(kept["joinid"], kept["predicted"].astype(str), strict=True)),
-        title=f"{best}, seed {seed}: cell embedding after fine-tuning",
-        path=setting.directory / "umap.png",
-    )
-    return {"cell embedding": umap, "confusion matrix": confusion}
-
-
-def _report(setting: Setting, board: pd.DataFrame, pictures: Mapping[str, Path]) -> Path:
-    """The page with table, facts and pictures."""
-    template = setting.template
-    facts = {
-        "task": template.task,
-        "data": f"{setting.cells.store.uri} ({template.n_cells} cells, {template.n_genes} genes)",
-        "data SHA-256": template.dataset_sha256,
-        "held out": f"{template.split_unit} ({template.n_test} test cells)",
-        "split SHA-256": template.split_sha256,
-        "code": template.git_commit,
-    }
-    return write_report(
-        setting.directory / "report.html",
-        title=f"{setting.run.name}: {template.task}",
-        board=board,
-        facts=facts,
-        pictures=pictures,
-        warnings=setting.split.warnings,
-    )
-
-
-def _conclude(setting: Setting, models: Mapping[str, str], uri: str) -> BenchmarkResult:
-    """Aggregate, draw, and log to the parent."""
-    rows = rows_from_children(setting)
-    board = leaderboard(rows, headline=setting.unit.headline, compulsory=setting.unit.compulsory)
-    text = render_terminal(board)
-    folder = setting.directory
-    pictures = _pictures(setting, models, board)
-    report = _report(setting, board, pictures)
-    (folder / "leaderboard.md").write_text(render_markdown(board) + "\n")
-    board.to_csv(folder / "leaderboard.csv", index=False)
-    if setting.tracker is not None:
-        tracker = setting.tracker
-        tracker.table(to_frame(rows), "tables/results_long.json")
-        tracker.table(board, "tables/leaderboard.json")
-        tracker.note(render_markdown(board))
-        for path in (*pictures.values(), report):
-            tracker.artifact(path, "report")
+def _result(run: BenchmarkRun, tables: Sequence[Table], uri: str) -> BenchmarkResult:
+    """Write the page over all data sets, and log it to each parent."""
+    page = write_page(run.name, tables, _directory(run).path / "report.html")
+    for table in tables:
+        if table.setting.parent is not None:
+            parent = table.setting.parent
+            Tracker(parent.uri, parent.run_id).artifact(page, "report")
     return BenchmarkResult(
-        table=board,
-        text=text,
-        umap_path=str(pictures.get("cell embedding", "")),
-        report_path=str(report),
-        models=models,
-        open_command=open_command(uri) if setting.tracker else "",
-        mlflow_run_id=setting.tracker.run_id if setting.tracker else "",
+        tables={t.setting.name: t.board for t in tables},
+        text="\n\n".join(t.text for t in tables),
+        report_path=str(page),
+        pictures={t.setting.name: {k: str(v) for k, v in t.pictures.items()} for t in tables},
+        models={t.setting.name: t.models for t in tables},
+        open_command=open_command(uri) if run.tracking.enabled else "",
+        mlflow_run_ids={
+            t.setting.name: t.setting.parent.run_id for t in tables if t.setting.parent
+        },
     )

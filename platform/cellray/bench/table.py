@@ -1,333 +1,68 @@
-"""The long table of results, its aggregate over seeds, and how both are shown as text.
+"""The leaderboard: the long table's aggregate over seeds, with what a reader needs to judge it.
 
-One :class:`ResultRow` is one method x seed x metric. :func:`leaderboard` is computed from rows
-alone; nothing in it can be typed by hand.
+It is computed from rows alone; nothing in it can be typed by hand. Two different spreads never
+share a column: ``.sd`` and ``.ci95_...`` are over seeds, ``.unit_ci95_...`` over test units.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
-from cellray.bench.stats import Summary, paired_difference, summarise
+from cellray.bench.methods import Method, difference, grouped, seed_differences
+from cellray.bench.rows import (
+    SCHEMA_VERSION,
+    MethodFamily,
+    ResultRow,
+    failed_rows,
+    row_from,
+    rows_of,
+    scores_of,
+    to_frame,
+)
+from cellray.bench.rules import (
+    FLOOR,
+    ceiling_of,
+    check_comparable,
+    check_compulsory,
+    check_controls,
+    check_own_controls,
+    check_reported,
+    flags,
+    floor_of,
+)
+from cellray.bench.stats import Summary, holm, paired_t, wilcoxon
 from cellray.core.errors import DataError, did_you_mean
-from cellray.metrics.classification import METRICS
 
 __all__ = [
     "COMPULSORY",
     "FLOOR",
     "HEADLINE",
     "SCHEMA_VERSION",
+    "MethodFamily",
     "ResultRow",
+    "control_scaled",
     "failed_rows",
     "leaderboard",
+    "row_from",
     "rows_of",
+    "scores_of",
     "to_frame",
 ]
 
-FLOOR = "majority"
-SCHEMA_VERSION = "results_long.v1"
 HEADLINE = "macro_f1.union.v1"
 COMPULSORY = ("majority", "logistic", "knn")
 
-Provenance = Literal["measured", "reported", "derived"]
-Status = Literal["ok", "failed", "timeout", "oom", "skipped"]
-MethodFamily = Literal[
-    "foundation_ft", "foundation_zs", "from_scratch", "random_init", "baseline", "control"
-]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResultRow:
-    """One method x seed x metric.
-
-    Attributes:
-        task: e.g. ``annotation``.
-        dataset_id: a name a reader knows; ``synthetic/...`` for made data.
-        method: the row's name.
-        method_family: what kind of method it is.
-        metric_id: versioned, e.g. ``macro_f1.union.v1``; "" only if the run failed.
-        value: None unless ``status`` is ok.
-        higher_is_better: None for counts.
-        seed: the run's seed; None for a reported value.
-        seed_scope: what the seed changed; "" says nothing: the spread is then not applicable.
-        provenance: measured here, reported by others, or derived by arithmetic.
-        reported_source: DOI, table, page; required if reported, empty if not.
-        status: ``ok``, or how the run ended.
-        error: its message, if it failed.
-        subtask: a named part of the test set; "" for all of it.
-        dataset_sha256: over cell ids and counts.
-        split_id: the split's name.
-        split_sha256: over the sorted test ids.
-        split_unit: ``cell``, or the obs column held out whole.
-        n_cells: cells of the data set; likewise ``n_genes``, and ``n_train``, ``n_val``,
-            ``n_test`` of the split, and ``n_items`` that the value averages over.
-        config_sha256: over ``params_json``, the resolved configuration.
-        n_params_total: of the model; likewise ``n_params_trainable``.
-        tuning_budget: trials used to choose the configuration.
-        overlap_flag: ``none``, ``partial``, ``full`` or ``unknown`` overlap of test cells with
-            pretraining.
-        hardware: what it ran on.
-        wall_s: seconds from start to predictions.
-        cells_per_s: training cells a second.
-        run_id: the MLflow run.
-        predictions_sha256: over the predictions the value was computed from.
-    """
-
-    task: str
-    dataset_id: str
-    method: str
-    method_family: MethodFamily
-    metric_id: str = ""
-    value: float | None = None
-    higher_is_better: bool | None = True
-    seed: int | None = None
-    seed_scope: str = ""
-    provenance: Provenance = "measured"
-    reported_source: str = ""
-    status: Status = "ok"
-    error: str = ""
-    subtask: str = ""
-    dataset_sha256: str = ""
-    dataset_license: str = ""
-    split_id: str = ""
-    split_sha256: str = ""
-    split_unit: str = ""
-    n_cells: int | None = None
-    n_genes: int | None = None
-    n_train: int | None = None
-    n_val: int | None = None
-    n_test: int | None = None
-    n_items: int | None = None
-    init: str = ""
-    checkpoint_id: str = ""
-    config_sha256: str = ""
-    params_json: str = ""
-    n_params_total: int | None = None
-    n_params_trainable: int | None = None
-    tuning_budget: int | None = None
-    overlap_flag: str = "unknown"
-    git_commit: str = ""
-    hardware: str = ""
-    precision: str = ""
-    world_size: int | None = None
-    wall_s: float | None = None
-    cells_per_s: float | None = None
-    started_at: str = ""
-    run_id: str = ""
-    predictions_uri: str = ""
-    predictions_sha256: str = ""
-    schema_version: str = SCHEMA_VERSION
-
-    def __post_init__(self) -> None:
-        problem = self._problem()
-        if problem:
-            raise DataError(f"result row of '{self.method}', seed {self.seed}: {problem}")
-
-    def _problem(self) -> str:
-        if self.method_family not in get_args(MethodFamily):
-            allowed = ", ".join(get_args(MethodFamily))
-            return f"method_family '{self.method_family}' is none of {allowed}"
-        if self.status == "ok":
-            if self.value is None or not math.isfinite(self.value):
-                return (
-                    f"{self.metric_id or 'no metric'} = {self.value} although status is ok; give "
-                    "a finite value, or the status of a run that failed"
-                )
-            if not self.metric_id:
-                return "a value without metric_id"
-        elif self.value is not None:
-            return f"status is {self.status} but it has a value ({self.value}); leave it out"
-        if (self.provenance == "reported") != bool(self.reported_source):
-            return "reported_source is required for reported values and must be empty for others"
-        return ""
-
-    @property
-    def row_id(self) -> str:
-        """16 hex digits over the identifying fields."""
-        named = (self.task, self.subtask, self.dataset_id, self.dataset_sha256, self.split_id)
-        which = (self.split_sha256, self.method, self.config_sha256, self.seed, self.metric_id)
-        text = json.dumps([*named, *which, self.provenance, self.reported_source])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def rows_of(template: ResultRow, scores: Mapping[str, float]) -> list[ResultRow]:
-    """One row for each metric of a run.
-
-    Args:
-        template: the run's fields, with any metric.
-        scores: metric id -> value, as a task's ``score`` gives.
-    """
-    items = scores.get("n_items", template.n_items)
-    return [
-        replace(
-            template,
-            metric_id=name,
-            value=float(value),
-            status="ok",
-            higher_is_better=METRICS[name].higher_is_better if name in METRICS else True,
-            n_items=None if items is None else int(items),
-        )
-        for name, value in scores.items()
-    ]
-
-
-def failed_rows(template: ResultRow, error: str, *, status: Status = "failed") -> list[ResultRow]:
-    """The one row of a run that gave no value: it is shown as failed, never as zero."""
-    return [replace(template, metric_id="", value=None, status=status, error=error)]
-
-
-def to_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:
-    """The long table: ``row_id`` and every field of :class:`ResultRow`, one row each."""
-    names = ["row_id", *(f.name for f in fields(ResultRow))]
-    return pd.DataFrame([{"row_id": r.row_id, **asdict(r)} for r in rows], columns=names)
-
-
-def _check_comparable(rows: Sequence[ResultRow]) -> None:
-    """Measured rows of one table must share task, data and split."""
-    if not rows:
-        raise DataError("no measured result to make a table of")
-    for name in ("task", "subtask", "dataset_id", "dataset_sha256", "split_id", "split_sha256"):
-        found = sorted({str(getattr(row, name)) for row in rows})
-        if len(found) > 1:
-            raise DataError(
-                f"rows of one table differ in {name}: {', '.join(found[:4])}; make one table each"
-            )
-    seen: set[tuple[str, int | None, str]] = set()
-    for row in rows:
-        key = (row.method, row.seed, row.metric_id)
-        if key in seen:
-            raise DataError(
-                f"two rows for method '{row.method}', seed {row.seed}, {row.metric_id or 'failed'};"
-                " give each run once"
-            )
-        seen.add(key)
-    good = {(row.method, row.seed) for row in rows if row.status == "ok"}
-    for row in rows:
-        if row.status != "ok" and (row.method, row.seed) in good:
-            raise DataError(
-                f"method '{row.method}', seed {row.seed}, is {row.status} and has values too; give "
-                "each run once"
-            )
-
-
-def _check_compulsory(rows: Sequence[ResultRow], compulsory: Sequence[str]) -> None:
-    there = {row.method for row in rows}
-    missing = [name for name in compulsory if name not in there]
-    if missing:
-        raise DataError(
-            f"the table lacks compulsory baselines: {', '.join(missing)}; run them on the same "
-            "split (benchmark key baselines) before showing any method"
-        )
-
-
-@dataclass(frozen=True)
-class _Method:
-    """The measured rows of one method."""
-
-    rows: list[ResultRow]
-
-    @property
-    def family(self) -> str:
-        return self.rows[0].method_family
-
-    @property
-    def varies(self) -> bool:
-        """Whether a seed changes anything."""
-        return any(row.seed_scope for row in self.rows)
-
-    def values(self, metric: str) -> dict[int, float]:
-        """Values by seed, of the runs that worked."""
-        return {
-            -1 if row.seed is None else row.seed: row.value
-            for row in self.rows
-            if row.metric_id == metric and row.value is not None
-        }
-
-    def summary(self, metric: str) -> Summary:
-        values = list(self.values(metric).values())
-        if not values:
-            return Summary(0, float("nan"))
-        if not self.varies and max(values) - min(values) > 1e-9:
-            raise DataError(
-                f"method '{self.rows[0].method}' says that no seed changes it, yet {metric} runs "
-                f"from {min(values):.6g} to {max(values):.6g}; set seed_scope"
-            )
-        return summarise(values, spread=self.varies)
-
-    def counts(self) -> tuple[int, int]:
-        """(seeds that worked, seeds that failed)."""
-        bad = {row.seed for row in self.rows if row.status != "ok"}
-        return len({row.seed for row in self.rows} - bad), len(bad)
-
-    def mean_of(self, name: str) -> float:
-        runs = {row.seed: getattr(row, name) for row in self.rows}
-        known = [value for value in runs.values() if value is not None]
-        return float(sum(known) / len(known)) if known else float("nan")
-
-
-def _status(good: int, bad: int, rows: Sequence[ResultRow]) -> str:
-    if not bad:
-        return "ok"
-    how = next(row.status for row in rows if row.status != "ok")
-    return how if not good else f"{bad} of {good + bad} seeds {how}"
-
-
-def _record(method: _Method, metrics: Sequence[str]) -> dict[str, Any]:
-    first = method.rows[0]
-    good, bad = method.counts()
-    record: dict[str, Any] = {
-        "method": first.method,
-        "provenance": first.provenance,
-        "family": first.method_family,
-        "status": _status(good, bad, method.rows),
-        "n_seeds": good,
-        "n_failed": bad,
-        "seed_scope": "+".join(sorted({row.seed_scope for row in method.rows} - {""})),
-    }
-    for metric in metrics:
-        record |= _columns(metric, method.summary(metric))
-    record["wall_s"] = method.mean_of("wall_s")
-    record["cells_per_s"] = method.mean_of("cells_per_s")
-    record["overlap_flag"] = first.overlap_flag
-    record["error"] = next((row.error for row in method.rows if row.error), "")
-    record["reported_source"] = first.reported_source
-    return record
-
-
-def _columns(metric: str, found: Summary) -> dict[str, float]:
-    return {
-        metric: found.mean,
-        f"{metric}.sd": found.sd,
-        f"{metric}.ci95_low": found.ci95_low,
-        f"{metric}.ci95_high": found.ci95_high,
-    }
-
-
-def _delta(method: _Method, best: _Method | None, headline: str) -> Summary:
-    """The paired difference to the best baseline; a baseline no seed changes pairs with any."""
-    none = Summary(0, float("nan"))
-    if best is None or method.family in ("baseline", "control"):
-        return none
-    ours, theirs = method.values(headline), best.values(headline)
-    if not best.varies and theirs:
-        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    if not set(ours) & set(theirs):
-        return none
-    return paired_difference(ours, theirs, spread=method.varies or best.varies)
-
-
-def _group(rows: Iterable[ResultRow]) -> list[_Method]:
-    groups: dict[tuple[str, str], list[ResultRow]] = {}
-    for row in rows:
-        groups.setdefault((row.method, row.reported_source), []).append(row)
-    return [_Method(found) for found in groups.values()]
+_NAN = float("nan")
+_LEVEL = 0.05
+_SAME = 1e-9
+_COSTS = ("wall_s", "gpu_hours", "cpu_hours", "cells_per_s")
+_SPREADS = {"sd": "a standard deviation", "ci95_half_width": "half a 95 % interval"}
+_NO_DELTA = ("baseline", "control")
 
 
 def leaderboard(
@@ -336,28 +71,78 @@ def leaderboard(
     headline: str = HEADLINE,
     metrics: Sequence[str] | None = None,
     compulsory: Sequence[str] = COMPULSORY,
+    own_controls: bool = True,
 ) -> pd.DataFrame:
     """One line a method, best first by ``headline``; reported values last, never ranked.
 
-    Columns: ``method``, ``provenance``, ``family``, ``status``, ``n_seeds``, ``n_failed``,
-    ``seed_scope``; for each metric its mean under its id and ``.sd`` (n - 1), ``.ci95_low``,
-    ``.ci95_high``; ``delta`` (paired difference of the headline to the best baseline) with its
-    interval; costs; ``note``. A spread that does not exist (one seed, or a method no seed changes)
-    and the values of a failed run are NaN, shown as ``n/a`` and ``failed``.
+    Columns: ``method``, ``provenance``, ``family``, ``base_method``, ``status``, ``n_seeds``,
+    ``n_failed``, ``seed_scope``; for each metric its mean under its id and ``.sd`` (n - 1),
+    ``.ci95_low``, ``.ci95_high`` (t, over seeds), ``.unit_ci95_low``, ``.unit_ci95_high``
+    (bootstrap over test units, the mean over runs of each end), ``.scaled`` (between the controls)
+    and ``.best`` (True: the best, or not separable from it: the paired t test over seeds with Holm
+    over methods, or where no test over seeds exists overlapping unit intervals); ``rank``;
+    ``delta`` (paired difference of the headline to ``delta.baseline``, the best baseline) with its
+    interval, ``delta.p`` (exact Wilcoxon) and ``delta.p_t`` (paired t), both over seeds, each with
+    Holm over methods under ``..._holm``; costs, means over runs;
+    ``overlap_flag``, ``overlap_fraction``, ``tuning_budget``, ``run_ids``, ``gap`` (measured minus
+    reported, on a reported row), ``note`` (flags). A spread that does not exist (one seed, or a
+    method no seed changes) and the values of a failed run are NaN, shown as ``n/a`` and
+    ``failed``. ``attrs`` of the frame hold headline, task, dataset_id, split_id and synthetic.
 
     Args:
         rows: of one task, data set and split.
         headline: the metric to sort by.
         metrics: which to show; by default all in which higher or lower is better.
         compulsory: methods without which there is no table.
+        own_controls: demand beside each pretrained method its rows from scratch and with random
+            weights (those whose ``base_method`` names it).
 
     Raises:
-        DataError: a compulsory baseline is missing, rows are not comparable or given twice, a
-            method that no seed changes varies, or no row has the headline or a metric asked for.
+        DataError: a compulsory baseline or control is missing, controls are out of order, rows
+            are not comparable or given twice, a method that no seed changes varies, no row has
+            the headline or a metric asked for, or reported values of other data.
     """
     measured = [row for row in rows if row.provenance != "reported"]
-    _check_compulsory(measured, compulsory)
-    _check_comparable(measured)
+    reported = [row for row in rows if row.provenance == "reported"]
+    check_compulsory(measured, compulsory)
+    check_comparable(measured)
+    check_reported(measured, reported)
+    if own_controls:
+        check_own_controls(measured)
+    shown = _shown(rows, headline, metrics)
+    signs = {name: _sign(rows, name) for name in {*shown, headline}}
+    sign = signs[headline]
+    methods = sorted(grouped(measured), key=lambda m: _rank_key(m, headline, sign))
+    check_controls(methods, headline, sign)
+    deltas = _deltas(methods, headline)
+    ranks = _ranks(methods, headline)
+    ordered = {r.metric_id for r in measured if r.higher_is_better is not None}
+    best = {name: _best(methods, name, signs[name]) if name in ordered else set() for name in shown}
+    records = []
+    for method in methods:
+        marks = {f"{name}.best": method.name in best[name] for name in shown}
+        scaled = {f"{name}.scaled": _scaled(method, methods, name) for name in shown}
+        note = {"note": "; ".join(flags(method, methods, headline, sign))}
+        rank = {"rank": ranks.get(method.name, _NAN)}
+        own = _record(method, shown) | deltas[method.name] | marks | scaled
+        records.append(own | rank | {"gap": _NAN} | note)
+    others = sorted(grouped(reported), key=lambda m: _rank_key(m, headline, sign))
+    records += [_reported_record(m, methods, shown, headline) for m in others]
+    board = pd.DataFrame(records)
+    first = measured[0]
+    board.attrs = {
+        "headline": headline,
+        "task": first.task,
+        "dataset_id": first.dataset_id,
+        "split_id": first.split_id,
+        "split_sha256": first.split_sha256,
+        "synthetic": first.is_synthetic,
+    }
+    return board
+
+
+def _shown(rows: Sequence[ResultRow], headline: str, metrics: Sequence[str] | None) -> list[str]:
+    """The metrics of the table, measured ones first; the same for any order of the rows."""
     found = dict.fromkeys(
         r.metric_id for r in rows if r.metric_id and r.higher_is_better is not None
     )
@@ -370,32 +155,186 @@ def leaderboard(
                 f"no row has the metric '{name}'.{did_you_mean(name, there)} There are: "
                 f"{', '.join(there)}"
             )
-    shown = list(metrics or found)
-    methods = _group(measured)
-    lower = any(r.higher_is_better is False for r in rows if r.metric_id == headline)
-    sign = 1.0 if lower else -1.0
-    ranked = sorted(methods, key=lambda m: _rank_key(m, headline, sign))
-    baselines = [m for m in ranked if m.family == "baseline" and m.values(headline)]
-    best = baselines[0] if baselines else None
-    records = []
-    floor = next((m for m in methods if m.rows[0].method == FLOOR), None)
-    for method in ranked:
-        delta = _columns("delta", _delta(method, best, headline))
-        note = {"note": _note(method, floor, headline, sign)}
-        records.append(_record(method, shown) | delta | note)
-    reported = _group(row for row in rows if row.provenance == "reported")
-    records += [_record(method, shown) | {"note": ""} for method in reported]
-    return pd.DataFrame(records)
+    return list(metrics or sorted(found))
 
 
-def _note(method: _Method, floor: _Method | None, headline: str, sign: float) -> str:
-    """Flags a trained method that is no better than looking at nothing."""
-    if floor is None or method is floor:
-        return ""
-    ours, theirs = method.summary(headline).mean, floor.summary(headline).mean
-    return f"not above {FLOOR}" if sign * ours >= sign * theirs else ""
+def _sign(rows: Sequence[ResultRow], metric: str) -> float:
+    """1 where lower is better, -1 where higher is.
+
+    Raises:
+        DataError: rows do not agree.
+    """
+    said = {r.higher_is_better for r in rows if r.metric_id == metric}
+    if len(said) > 1:
+        raise DataError(f"rows do not agree whether higher {metric} is better")
+    return 1.0 if said == {False} else -1.0
 
 
-def _rank_key(method: _Method, headline: str, sign: float) -> tuple[bool, float, str]:
-    mean = method.summary(headline).mean
-    return math.isnan(mean), 0.0 if math.isnan(mean) else sign * mean, method.rows[0].method
+def _rank_key(method: Method, headline: str, sign: float) -> tuple[bool, float, str, str]:
+    mean = method.mean(headline)
+    absent = math.isnan(mean)
+    source = method.rows[0].reported_source
+    return absent, 0.0 if absent else round(sign * mean, 12), method.name, source
+
+
+def _ranks(methods: Sequence[Method], headline: str) -> dict[str, float]:
+    """Rank among the methods that have a value; controls frame the table and have none."""
+    there = [m for m in methods if m.is_rival and m.values(headline)]
+    means = [round(m.mean(headline), 12) for m in there]
+    return {
+        m.name: means.index(mean) + 1 + (means.count(mean) - 1) / 2
+        for m, mean in zip(there, means, strict=True)
+    }
+
+
+def _columns(metric: str, found: Summary) -> dict[str, float]:
+    return {
+        metric: found.mean,
+        f"{metric}.sd": found.sd,
+        f"{metric}.ci95_low": found.ci95_low,
+        f"{metric}.ci95_high": found.ci95_high,
+    }
+
+
+def _record(method: Method, metrics: Sequence[str]) -> dict[str, Any]:
+    first = method.rows[0]
+    good, bad = method.counts
+    record: dict[str, Any] = {
+        "method": method.name,
+        "provenance": first.provenance,
+        "family": method.family,
+        "base_method": first.base_method,
+        "status": method.status,
+        "n_seeds": good,
+        "n_failed": bad,
+        "seed_scope": method.words_of("seed_scope"),
+    }
+    for metric in metrics:
+        low, high = method.unit_interval(metric)
+        record |= _columns(metric, method.summary(metric))
+        record |= {f"{metric}.unit_ci95_low": low, f"{metric}.unit_ci95_high": high}
+    record |= {name: method.mean_of(name) for name in _COSTS}
+    record["overlap_flag"] = method.words_of("overlap_flag")
+    record["overlap_fraction"] = method.mean_of("overlap_fraction")
+    record["tuning_budget"] = method.mean_of("tuning_budget")
+    record["run_ids"] = " ".join(method.run_ids)
+    record["error"] = next((row.error for row in method.rows if row.error), "")
+    record["reported_source"] = first.reported_source
+    return record
+
+
+def _reported_record(
+    method: Method, methods: Sequence[Method], metrics: Sequence[str], headline: str
+) -> dict[str, Any]:
+    """A line of the reported block: its spread is the printed one, of the printed kind."""
+    record = _record(method, metrics)
+    first = method.rows[0]
+    for row in method.rows:
+        if row.metric_id not in metrics or row.value is None or row.reported_spread is None:
+            continue
+        name, spread = row.metric_id, row.reported_spread
+        record[f"{name}.sd"] = spread if row.reported_spread_kind == "sd" else _NAN
+        if row.reported_spread_kind == "ci95_half_width":
+            record[f"{name}.ci95_low"] = row.value - spread
+            record[f"{name}.ci95_high"] = row.value + spread
+    same = next((m for m in methods if _same_cell(m, method)), None)
+    record["gap"] = same.mean(headline) - method.mean(headline) if same else _NAN
+    other = first.split_id and methods and first.split_id != methods[0].rows[0].split_id
+    nothing = _columns("delta", Summary(0, _NAN))
+    tests = ("delta.p", "delta.p_holm", "delta.p_t", "delta.p_t_holm")
+    nothing |= dict.fromkeys((*tests, "rank"), _NAN)
+    marks = {f"{name}.best": False for name in metrics}
+    scaled = {f"{name}.scaled": _NAN for name in metrics}
+    kinds = {row.reported_spread_kind for row in method.rows} - {""}
+    told = [f"± is {_SPREADS[kind]}, as printed" for kind in sorted(kinds)]
+    notes = [*first.remarks, *told, f"another split: {first.split_id}" if other else ""]
+    note = {"note": "; ".join(filter(None, notes))}
+    return record | nothing | {"delta.baseline": ""} | marks | scaled | note
+
+
+def _same_cell(measured: Method, reported: Method) -> bool:
+    """Whether both are the same kind of method on one split, its name written in whatever way."""
+
+    def plain(name: str) -> str:
+        return "".join(c for c in name.casefold() if c.isalnum())
+
+    ours, theirs = measured.rows[0], reported.rows[0]
+    same = (ours.method_family, ours.split_id) == (theirs.method_family, theirs.split_id)
+    return same and plain(measured.name) == plain(reported.name)
+
+
+def _deltas(methods: Sequence[Method], headline: str) -> dict[str, dict[str, Any]]:
+    """The difference to the best baseline of each method that is none itself."""
+    best = next((m for m in methods if m.family == "baseline" and m.values(headline)), None)
+    tests: dict[str, dict[str, float]] = {"delta.p": {}, "delta.p_t": {}}
+    found: dict[str, dict[str, Any]] = {}
+    for method in methods:
+        compared = best is not None and method.family not in _NO_DELTA
+        delta = difference(method, best, headline) if compared and best else Summary(0, _NAN)
+        steps = seed_differences(method, best, headline) if compared and best else []
+        tests["delta.p"][method.name] = wilcoxon(steps) if len(steps) > 1 else _NAN
+        tests["delta.p_t"][method.name] = paired_t(steps) if len(steps) > 1 else _NAN
+        name = best.name if best is not None and delta.num else ""
+        found[method.name] = _columns("delta", delta) | {"delta.baseline": name}
+    for test, values in tests.items():
+        adjusted = dict(zip(values, holm(list(values.values())), strict=True))
+        for name, record in found.items():
+            record |= {test: values[name], f"{test}_holm": adjusted[name]}
+    return found
+
+
+def _best(methods: Sequence[Method], metric: str, sign: float) -> set[str]:
+    """The best method of a metric and all that the evidence does not set apart from it.
+
+    Over seeds: the paired t test of the differences, Holm over methods. Without a test (one seed,
+    or no seed changes either) overlapping intervals over test units, else equality.
+    """
+    there = [m for m in methods if m.is_rival and m.values(metric)]
+    if not there:
+        return set()
+    there.sort(key=lambda m: _rank_key(m, metric, sign))
+    top, others = there[0], there[1:]
+    steps = [seed_differences(top, m, metric) for m in others]
+    tests = holm([paired_t(s) if len(s) > 1 else _NAN for s in steps])
+    kept = {top.name}
+    for method, p in zip(others, tests, strict=True):
+        if p >= _LEVEL or (math.isnan(p) and _overlap(top, method, metric)):
+            kept.add(method.name)
+    return kept
+
+
+def _overlap(first: Method, second: Method, metric: str) -> bool:
+    one, two = first.unit_interval(metric), second.unit_interval(metric)
+    if any(math.isnan(end) for end in (*one, *two)):
+        return abs(first.mean(metric) - second.mean(metric)) < _SAME
+    return one[0] <= two[1] and two[0] <= one[1]
+
+
+def _scaled(method: Method, methods: Sequence[Method], metric: str) -> float:
+    """(value - floor) / (ceiling - floor); NaN without both controls."""
+    low, high = floor_of(methods, metric), ceiling_of(methods, metric)
+    if low is None or high is None:
+        return _NAN
+    width = high.mean(metric) - low.mean(metric)
+    return (method.mean(metric) - low.mean(metric)) / width if abs(width) > _SAME else _NAN
+
+
+def control_scaled(rows: Iterable[ResultRow]) -> list[ResultRow]:
+    """The same rows of one table with ``floor``, ``ceiling`` and ``scaled_value`` filled in.
+
+    Floor and ceiling are the means over seeds of the negative and the positive control; rows
+    whose metric lacks one of them, and reported rows, stay as they are.
+    """
+    given = list(rows)
+    methods = grouped(row for row in given if row.provenance == "measured")
+    found = []
+    for row in given:
+        low, high = floor_of(methods, row.metric_id), ceiling_of(methods, row.metric_id)
+        if low is None or high is None or row.value is None or row.provenance != "measured":
+            found.append(row)
+            continue
+        floor, ceiling = low.mean(row.metric_id), high.mean(row.metric_id)
+        width = ceiling - floor
+        scaled = (row.value - floor) / width if abs(width) > _SAME else None
+        found.append(replace(row, floor=floor, ceiling=ceiling, scaled_value=scaled))
+    return found

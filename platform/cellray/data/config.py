@@ -66,6 +66,11 @@ class DataSection(Section):
         balance_max_repeats: with ``balance_by``, how often a cell may come in an epoch.
         cache: folder of a token cache, on a disk that all workers see: the selection is tokenised
             once and read back memory-mapped; "" tokenises in every epoch.
+        allow_gene_loss: go on where the vocabulary of a checkpoint covers less than 60 % of the
+            counts; otherwise that is an error.
+        corpus_hashes: whether a training run notes content hashes of its cells beside the model, by
+            which test cells among them are known later: "auto" does where obs keeps them or for
+            at most 200,000 cells, "always" reads all counts where it must, "never" does not.
         split: how validation cells are set apart.
     """
 
@@ -91,6 +96,8 @@ class DataSection(Section):
     balance_by: str = ""
     balance_max_repeats: int = Field(default=10, ge=1, le=32)
     cache: str = ""
+    allow_gene_loss: bool = False
+    corpus_hashes: Literal["auto", "always", "never"] = "auto"
     split: SplitSection = SplitSection()
 
     @field_validator("tiledb", mode="before")

@@ -32,8 +32,10 @@ I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
 TARGET_SUM = 10_000.0  # Geneformer's size factor (doi:10.1038/s41586-023-06139-9)
-MIN_COUNT_FRACTION = 0.60  # below this share of matched counts the user is warned
+MIN_COUNT_FRACTION = 0.60  # a smaller share of matched counts is refused or warned of
 UNSEEN_MEDIAN = 1.0
+_MOSTLY_WHOLE = 0.5
+_LARGEST_LOG = 30.0  # log1p of any count there is, and of any scaling in use, stays below
 
 
 def _blocks(
@@ -138,6 +140,8 @@ class VocabCoverage:
         cells_sampled: how many cells were looked at.
         example_ids: a few gene ids of the store, for messages.
         genes_per_cell: (cells_sampled,) vocabulary genes that each cell looked at expresses.
+        whole_fraction: share of the values on vocabulary genes that are whole numbers.
+        largest: the largest of them.
     """
 
     genes_in_store: int
@@ -146,6 +150,8 @@ class VocabCoverage:
     cells_sampled: int
     example_ids: tuple[str, ...] = ()
     genes_per_cell: tuple[int, ...] = ()
+    whole_fraction: float = 1.0
+    largest: float = float("inf")
 
     def longer_than(self, max_genes: int, what: str, *, every: int = 0) -> str:
         """How many of the cells looked at a tokenizer cuts, and what becomes of them; "" if none.
@@ -193,11 +199,15 @@ def coverage(
     gene_map = vocab.match(var["feature_id"].tolist(), var["feature_name"].tolist())
     cells = np.arange(store.num_cells, dtype=np.int64) if joinids is None else np.sort(joinids)
     sample = cells[_spread(len(cells), max_cells)]
-    matched = total = 0.0
+    matched = total = largest = 0.0
+    values = whole = 0
     genes: list[int] = []
     for block in _blocks(store, sample, gene_map, cells_per_block):
         genes += np.diff(block.indptr).tolist()
         matched += float(block.counts.sum(dtype=np.float64))
+        values += len(block.counts)
+        whole += int((block.counts == np.floor(block.counts)).sum())
+        largest = max(largest, float(block.counts.max(initial=0.0)))
         total += float(block.library_sizes.sum(dtype=np.float64))
     return VocabCoverage(
         genes_in_store=len(var),
@@ -206,6 +216,8 @@ def coverage(
         cells_sampled=len(sample),
         example_ids=tuple(var["feature_id"].iloc[:3]),
         genes_per_cell=tuple(genes),
+        whole_fraction=whole / values if values else 1.0,
+        largest=largest,
     )
 
 
@@ -218,19 +230,30 @@ def _spread(num_cells: int, max_cells: int, run: int = 64) -> I64:
     return np.unique(starts[:, None] + np.arange(run))
 
 
-def check_coverage(covered: VocabCoverage, vocab: Vocab) -> list[str]:
+def check_coverage(covered: VocabCoverage, vocab: Vocab, *, refuse: bool = False) -> list[str]:
     """Refuse a vocabulary that shares no gene with the data; warn if it loses many counts.
+
+    Values that are not counts are refused too: mostly fractions, and none as large as counts get.
+    (Estimated counts of full-length protocols are fractions as well, but large ones.)
 
     Args:
         covered: from :func:`coverage`.
         vocab: the vocabulary.
+        refuse: refuse it also if it loses many counts.
 
     Returns:
         Warnings, each a sentence; none if at least 60 % of the counts are covered.
 
     Raises:
-        DataError: no gene in common.
+        DataError: no gene in common; with ``refuse``, less than 60 % of the counts covered;
+            or values that look like logarithms or shares.
     """
+    if covered.whole_fraction < _MOSTLY_WHOLE and covered.largest < _LARGEST_LOG:
+        raise DataError(
+            f"models need raw counts, but {covered.whole_fraction:.1%} of the values are whole "
+            f"numbers and the largest is {covered.largest:.4g}: they look like logarithms or "
+            "shares; set data.layer to the layer with raw counts, or ingest the raw file"
+        )
     if covered.genes_matched == 0 or covered.count_fraction == 0.0:
         raise DataError(
             "the data and the vocabulary have no gene in common that the selected cells express: "
@@ -242,9 +265,16 @@ def check_coverage(covered: VocabCoverage, vocab: Vocab) -> list[str]:
         )
     if covered.count_fraction >= MIN_COUNT_FRACTION:
         return []
-    return [
+    told = (
         f"the vocabulary covers only {covered.count_fraction:.1%} of the counts "
         f"({covered.genes_matched:,} of {covered.genes_in_store:,} genes; "
         f"{covered.cells_sampled:,} cells looked at): "
         f"{1 - covered.count_fraction:.1%} are lost to the model"
-    ]
+    )
+    if refuse:
+        raise DataError(
+            f"{told}. At least {MIN_COUNT_FRACTION:.0%} are asked for: ingest the store with the "
+            "right ingest.organism, so that symbols and versions of ids are mapped, choose a model "
+            "of these genes, or set data.allow_gene_loss = true"
+        )
+    return [told]

@@ -53,15 +53,25 @@ class EmbedResult:
         return told + ([f"umap: {self.umap_path}"] if self.umap_path else [])
 
 
-def token_source(model: LoadedModel, cells: Cells) -> tuple[TokenSource, list[str]]:
+def token_source(
+    model: LoadedModel, cells: Cells, *, allow_gene_loss: bool = False
+) -> tuple[TokenSource, list[str]]:
     """What turns a store's cells into a model's tokens, and warnings about the genes.
 
+    Args:
+        model: the model.
+        cells: the selection.
+        allow_gene_loss: warn where its genes cover less than 60 % of the counts, as is done where
+            they are a choice of variable genes.
+
     Raises:
-        DataError: no gene in common, or covariate values the model does not know.
+        DataError: no gene in common, less than 60 % of the counts covered, or covariate values the
+            model does not know.
     """
     mapping = gene_map(cells.store, model.vocab)
     covered = coverage(cells.store, model.vocab, joinids=cells.joinids)
-    warnings = check_coverage(covered, model.vocab)
+    refuse = not (allow_gene_loss or model.manifest.genes_chosen)
+    warnings = check_coverage(covered, model.vocab, refuse=refuse)
     unit = tokenizer_unit(model.manifest.tokenizer["name"])
     limit = unit.max_genes(build_section(unit.config, model.manifest.tokenizer))
     if cut := covered.longer_than(limit, unit.when_longer):
@@ -126,7 +136,7 @@ def _open(run: EmbedRun) -> tuple[LoadedModel, Cells, TokenSource, list[str]]:
     model = load(run.model)
     columns = [*run.colour_by, *model.manifest.covariates]
     cells = select_cells(run.data, columns)
-    source, warnings = token_source(model, cells)
+    source, warnings = token_source(model, cells, allow_gene_loss=run.data.allow_gene_loss)
     return model, cells, source, warnings
 
 

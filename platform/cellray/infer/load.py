@@ -189,6 +189,16 @@ class LoadedModel:
             return self.model.backbone
         return self.model
 
+    @property
+    def cutoff(self) -> float:
+        """A cell whose best class has a lower probability gets no label.
+
+        Chosen at the end of fine-tuning (``[task.refuse]``); else the family's own (scBERT 0.5,
+        TOSICA 0.1, others none).
+        """
+        chosen = self.manifest.refuse_below
+        return family(self.manifest.family).refuse_below if chosen is None else chosen
+
     def batches(
         self,
         tokens: TokenBlock,
@@ -313,13 +323,13 @@ class LoadedModel:
             adata: N cells with raw counts.
             layer: layer with raw counts; None takes ``X``.
             refuse_below: a cell whose best class has a lower probability is ``Unassigned``; None
-                takes the family's own cutoff (scBERT 0.5, TOSICA 0.1, others none).
+                takes the model's own :attr:`cutoff`.
         """
         codes = self.covariates_of(adata.obs)
         probabilities = self.classify_tokens(self.tokens(adata, layer=layer), covariates=codes)
         best = probabilities.argmax(axis=1)
         labels = np.asarray(self.manifest.classes, dtype=object)[best]
-        cutoff = family(self.manifest.family).refuse_below if refuse_below is None else refuse_below
+        cutoff = self.cutoff if refuse_below is None else refuse_below
         labels[probabilities.max(axis=1) < cutoff] = UNASSIGNED
         return pd.DataFrame(
             {"label": labels, "probability": probabilities.max(axis=1)}, index=adata.obs_names

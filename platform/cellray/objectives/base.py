@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -13,7 +13,7 @@ from cellray.core.draw import Draw
 from cellray.core.section import Section
 from cellray.data.vocab import Vocab
 
-__all__ = ["Load", "Loss", "Objective", "ObjectiveConfig", "ObjectiveUnit"]
+__all__ = ["Load", "Loss", "Objective", "ObjectiveConfig", "ObjectiveUnit", "Tallies"]
 
 
 class ObjectiveConfig(Section):
@@ -46,6 +46,22 @@ class Objective(Protocol):
 
     def loss(self, output: ModelOutput, batch: CellBatch) -> Loss:
         """The summed loss over ``batch.target_mask``."""
+        ...
+
+
+@runtime_checkable
+class Tallies(Protocol):
+    """An objective with validation metrics that are no sum over targets, e.g. a macro average.
+
+    What they are made of is counted batch by batch, summed over batches and ranks, and judged once.
+    """
+
+    def tally(self, output: ModelOutput, batch: CellBatch) -> torch.Tensor:
+        """Counts over the batch's targets, of one shape for every batch of a run."""
+        ...
+
+    def judged(self, tally: torch.Tensor) -> dict[str, float]:
+        """Metric name -> value, of the summed counts (float64, on the host)."""
         ...
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch.nn import functional
 
 from cellray.core.batch import CellBatch, ModelOutput
@@ -66,6 +67,24 @@ class Classification:
         total = functional.cross_entropy(logits_LC, targets_L, reduction="sum")
         right = (logits_LC.detach().argmax(-1) == targets_L).sum()
         return Loss(total, len(targets_L), {"accuracy": right.float()})
+
+    def tally(self, output: ModelOutput, batch: CellBatch) -> torch.Tensor:
+        """Labelled cells by (true class, predicted class), (C, C) int64."""
+        assert batch.targets is not None, "corrupt() sets the targets"
+        assert batch.target_mask is not None, "corrupt() sets the targets"
+        logits_LC = output.predictions["class_logits"][batch.target_mask]
+        targets_L, classes = batch.targets[batch.target_mask], logits_LC.shape[-1]
+        pairs_L = targets_L * classes + logits_LC.argmax(-1)
+        return torch.bincount(pairs_L, minlength=classes**2).view(classes, classes)
+
+    def judged(self, tally: torch.Tensor) -> dict[str, float]:
+        """``macro_f1``: the mean F1 over classes in truth or prediction, as macro_f1.union.v1."""
+        right_C = tally.diagonal()
+        either_C = tally.sum(0) + tally.sum(1)
+        there_C = either_C > 0
+        if not bool(there_C.any()):
+            return {"macro_f1": 0.0}
+        return {"macro_f1": float((2 * right_C[there_C] / either_C[there_C]).mean())}
 
 
 def _build(config: ClassificationConfig, vocab: Vocab) -> Classification:

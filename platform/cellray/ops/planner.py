@@ -472,6 +472,10 @@ def estimate(run: Run, options: PlanOptions | None = None) -> list[str]:
         from cellray.tune.sweep import check_sweep
 
         return check_sweep(run)
+    if isinstance(run, runs.MapRun):
+        from cellray.infer.mapping import check_map
+
+        return check_map(run)
     assert isinstance(run, runs.EmbedRun)
     from cellray.infer.embed import check_embed
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cellray.core.errors import DataError, did_you_mean
 from cellray.data.census import is_census
+from cellray.data.corpus import read_corpus
 from cellray.data.existing import stored_library_sizes
 from cellray.data.ingest_report import sum_lines
 from cellray.data.soma import open_store
@@ -65,6 +66,8 @@ def _checkpoint(path: Path) -> list[str]:
         f"  data: {manifest.data_fingerprint[:16]}",
         f"  code: {manifest.code_version}",
     ]
+    seen = read_corpus(path)
+    lines += [f"  {line}" for line in (seen.lines() if seen else ["seen in training: unknown"])]
     if manifest.classes:
         lines.append(f"  classes: {', '.join(manifest.classes)}")
     lines += [f"  {name}: {value:.5g}" for name, value in sorted(manifest.metrics.items())]

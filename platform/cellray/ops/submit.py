@@ -60,7 +60,7 @@ def submit(
     wait: bool = True,
     progress: Say,
 ) -> int:
-    """Run one of the six jobs on a running Ray cluster.
+    """Run one of the jobs on a running Ray cluster.
 
     The configuration is validated here first. From inside the repository the working tree goes
     along, so that the cluster runs this code; from elsewhere only the configuration does, and the

@@ -16,6 +16,7 @@ from cellray.data.split import hash_unit
 from cellray.metrics.classification import score_annotation
 from cellray.models.base import EmbedsCells
 from cellray.tasks._labels import NO_LABEL, column_texts, given, labels_of
+from cellray.tasks._refusal import RefuseSection
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, check_columns, ids_sha256
 
 __all__ = ["TASK", "AnnotationConfig", "AnnotationSplit", "annotation_split", "annotation_targets"]
@@ -70,12 +71,14 @@ class AnnotationConfig(TaskConfig):
         split: how cells are divided.
         donor_columns: obs columns that would make better units than single cells: a split by
             cell is flagged if one of them is there.
+        refuse: which cells are left without a label.
     """
 
     name: str = "annotation"
     ignore_labels: list[str] = list(NO_LABEL)
     split: AnnotationSplit
     donor_columns: list[str] = ["donor_id", "donor", "patient", "individual", "subject"]
+    refuse: RefuseSection = RefuseSection()
 
 
 def _check_named(config: AnnotationConfig, available: Sequence[str]) -> None:
@@ -282,5 +285,5 @@ TASK = Task(
     fit=annotation_targets,
     score=_score,
     headline="macro_f1.union.v1",
-    compulsory=("majority", "logistic", "knn"),
+    compulsory=("majority", "logistic", "knn", "hvg", "harmony"),
 )

@@ -50,11 +50,14 @@ class TaskConfig(Section):
         label: obs column with the truth.
         batch: obs column with the batch (donor, sample, technology) that methods may correct for
             and that guards look at; "" if there is none.
+        duplicates: what becomes of training and validation cells with exactly the counts of a test
+            cell: ``error`` refuses the run, ``drop_train`` leaves them out, ``allow`` keeps them.
     """
 
     name: str
     label: str = "cell_type"
     batch: str = ""
+    duplicates: Literal["error", "drop_train", "allow"] = "error"
 
 
 @dataclass(frozen=True)

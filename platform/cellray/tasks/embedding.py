@@ -109,7 +109,16 @@ TASK = Task(
     split=embedding_split,
     fit=_nothing_to_learn,
     headline="avg_bio.scgpt_leiden.v1",
-    compulsory=("pca", "hvg", "random_projection", "noise", "celltype_jitter"),
+    compulsory=(
+        "majority",
+        "logistic",
+        "pca",
+        "hvg",
+        "harmony",
+        "random_projection",
+        "noise",
+        "celltype_jitter",
+    ),
     answers="embedding",
     score_embedding=score_embedding,
 )

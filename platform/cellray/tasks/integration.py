@@ -143,7 +143,16 @@ TASK = Task(
     split=integration_split,
     fit=integration_targets,
     headline="total_60_40.bio5_batch5.v1",
-    compulsory=("pca", "hvg", "harmony", "noise", "celltype_jitter"),
+    compulsory=(
+        "majority",
+        "logistic",
+        "pca",
+        "hvg",
+        "harmony",
+        "combat",
+        "noise",
+        "celltype_jitter",
+    ),
     answers="embedding",
     score_embedding=score_embedding,
 )

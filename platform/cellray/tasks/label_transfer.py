@@ -207,5 +207,5 @@ TASK = Task(
     score=_score,
     score_cells=score_batches,
     headline="macro_f1.union.v1",
-    compulsory=("majority", "logistic", "knn"),
+    compulsory=("majority", "logistic", "knn", "hvg", "harmony", "batch_only"),
 )

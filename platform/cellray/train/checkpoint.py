@@ -5,7 +5,11 @@ Layout of a checkpoint folder
                          random state, vocabulary and data fingerprints, names, code version
     vocab.json.gz        the gene space
     weights.safetensors  the whole model's float32 state dict, whatever engine and ZeRO stage
-                         wrote it (older folders have weights.pt)
+                         wrote it (older folders have weights.pt); low-rank factors of a run that
+                         trains them lie beside the weights they belong to, and are multiplied out
+                         into them in exported models
+    corpus.*             what the weights have seen, see :mod:`cellray.data.corpus`; in exported
+                         models of our own only
     engine/              the optimizer's state, see :mod:`cellray.train.shards`, and for each rank
                          a seal: sizes and checksums of what it wrote; absent from exported models
 """
@@ -23,13 +27,15 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from cellray.core.errors import CheckpointError, DataError, did_you_mean
 from cellray.core.section import build_section
+from cellray.data.corpus import bring
 from cellray.data.vocab import Vocab
 from cellray.models.base import BuildContext, CellModel, build_model, family
+from cellray.nn.lora import has_factors, merge_factors
 
 __all__ = [
     "ENGINE_DIR",
@@ -42,6 +48,7 @@ __all__ = [
     "seal",
     "verify",
     "write_checkpoint",
+    "write_manifest",
     "write_tensors",
 ]
 
@@ -74,7 +81,10 @@ class Manifest:
         loop: what the training loop remembers of past steps (recent losses).
         run: the run's whole resolved configuration.
         metrics: the last validation's numbers.
+        refuse_below: a cell whose best class has a lower probability is not annotated; None takes
+            the family's own cutoff.
         code_version: cellray's version and git commit.
+        chosen_genes: the gene space is a choice of variable genes, here or in a run before.
     """
 
     family: str
@@ -93,8 +103,18 @@ class Manifest:
     loop: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    refuse_below: float | None = None
     code_version: str = ""
+    chosen_genes: bool = False
     format: str = FORMAT
+
+    @property
+    def genes_chosen(self) -> bool:
+        """Whether the genes are a choice of variable ones, so that others are left out on purpose.
+
+        Manifests of older versions say so in their configuration alone.
+        """
+        return self.chosen_genes or bool(self.run.get("data", {}).get("vocab_genes"))
 
     def at(
         self,
@@ -125,9 +145,7 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     vocab.save(folder / _VOCAB)
     write_tensors(folder / _WEIGHTS, weights)
-    partial = folder / f"{_MANIFEST}.partial"
-    partial.write_text(json.dumps(asdict(manifest), indent=1))
-    os.replace(partial, folder / _MANIFEST)
+    write_manifest(folder, manifest)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -237,7 +255,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def read_checkpoint(path: str | Path) -> tuple[Manifest, Vocab, dict[str, torch.Tensor]]:
-    """Read a checkpoint whole.
+    """Read a checkpoint whole; low-rank factors are multiplied out into the weights.
 
     Raises:
         CheckpointError: it is missing, torn, or its vocabulary is not the one it was trained with.
@@ -246,7 +264,7 @@ def read_checkpoint(path: str | Path) -> tuple[Manifest, Vocab, dict[str, torch.
     folder = _model_folder(path)
     try:
         vocab = Vocab.load(folder / _VOCAB)
-        weights = read_weights(folder)
+        weights = merge_factors(read_weights(folder))
     except (DataError, OSError, EOFError, KeyError) as error:
         raise CheckpointError(f"checkpoint '{path}' is torn: {error}") from error
     if vocab.fingerprint != manifest.vocab_fingerprint:
@@ -291,12 +309,37 @@ def model_of(manifest: Manifest, vocab: Vocab) -> CellModel:
     )
 
 
-def export_model(source: Path, target: Path) -> None:
-    """Copy a checkpoint without its engine state; replaces ``target`` at once when complete."""
+def export_model(source: Path, target: Path, *, beside: Iterable[Path] = ()) -> None:
+    """Copy a checkpoint without its engine state; replaces ``target`` at once when complete.
+
+    Low-rank factors are multiplied out: what is exported is an ordinary model.
+
+    Args:
+        source: the checkpoint folder.
+        target: the model's folder.
+        beside: further files that go with the model; they may be linked, not copied.
+    """
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for name in MODEL_FILES:
-        shutil.copyfile(source / name, partial / name)
+        if name == _WEIGHTS and _factors_lie_in(source / name):
+            write_tensors(partial / name, merge_factors(read_weights(source)))
+        else:
+            shutil.copyfile(source / name, partial / name)
+    for file in beside:
+        bring(file, partial)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)
+
+
+def _factors_lie_in(file: Path) -> bool:
+    with safe_open(str(file), framework="pt") as opened:
+        return has_factors(opened.keys())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a checkpoint's manifest, at once."""
+    partial = folder / f"{_MANIFEST}.partial"
+    partial.write_text(json.dumps(asdict(manifest), indent=1))
+    os.replace(partial, folder / _MANIFEST)

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from cellray.core.section import Section
 
 __all__ = [
+    "AdaptSection",
     "BatchSection",
     "CheckpointSection",
     "EngineSection",
@@ -41,6 +42,32 @@ class OptimSection(Section):
     beta_1: float = Field(default=0.9, ge=0, lt=1)
     beta_2: float = Field(default=0.999, ge=0, lt=1)
     eps: float = Field(default=1e-8, gt=0)
+
+
+class AdaptSection(Section):
+    """Which weights fine-tuning changes.
+
+    What is not trained is held as in inference: without dropout (where no factors are trained in
+    it), and with the batch norms' running statistics as they were.
+
+    Attributes:
+        mode: ``full``; ``last_layers``: the last transformer blocks and all that runs after them;
+            ``lora``: low-rank factors beside the linear layers of every block, and the head; or
+            ``probe``: the head alone. What the loss does not reach is trained in no mode.
+        last_layers: blocks that ``last_layers`` trains.
+        rank: of the factors of ``lora``.
+        alpha: the factors' product is scaled by alpha / rank.
+        dropout: on what the factors read, in training.
+        targets: ends of the names of the layers that get factors (``attention.qkv``, ``expand``);
+            [] takes every linear layer of a block: attention in and out, feed-forward.
+    """
+
+    mode: Literal["full", "last_layers", "lora", "probe"] = "full"
+    last_layers: int = Field(default=1, ge=1)
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = []
 
 
 class BatchSection(Section):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from cellray.core.batch import CellBatch
-from cellray.objectives.base import Loss, Objective
+from cellray.objectives.base import Loss, Objective, Tallies
 from cellray.train.config import OptimSection
 from cellray.train.optim import build_adamw, set_learning_rate
 from cellray.train.shards import Shards, pieces_state, restore_pieces, whole_parameters
@@ -219,21 +219,33 @@ def evaluate_batches(
     precision: str,
     counted: int | None = None,
 ) -> StepStats:
-    """The objective's mean loss over all ranks' batches, in eval mode, without gradients."""
+    """The objective's mean loss over all ranks' batches, in eval mode, without gradients.
+
+    What an objective tallies besides is summed over batches and ranks, and joins the parts.
+    """
     share_statistics(module)
     device = next(module.parameters()).device
     was_training = module.training
     module.eval()
-    losses = []
+    losses, tally = [], torch.zeros(())
     with torch.no_grad():
         for number, batch in enumerate(batches):
             on_device = batch.to(device)
             with autocast(device, precision):
                 output = module(on_device)
             loss = objective.loss(output, on_device)
-            losses.append(loss if counted is None or number < counted else _uncounted(loss))
+            counts = counted is None or number < counted
+            losses.append(loss if counts else _uncounted(loss))
+            if isinstance(objective, Tallies):
+                tally = tally + counts * objective.tally(output, on_device).double().cpu()
     module.train(was_training)
-    return _stats(*_summed(losses))
+    stats = _stats(*_summed(losses))
+    if not losses or not isinstance(objective, Tallies):
+        return stats
+    if world_size() > 1:
+        tally = tally.to(_device())
+        dist.all_reduce(tally)
+    return replace(stats, parts={**stats.parts, **objective.judged(tally.cpu())})
 
 
 # Called with (scaled loss, whether it is the step's last).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from cellray.data.tokens import make_tokenizer
 from cellray.models.base import CellModel
 from cellray.nn.performer import RedrawSchedule
 from cellray.objectives.base import Objective
+from cellray.train.adapt import check_adapt
 from cellray.train.checkpoint import Manifest, model_of
 from cellray.train.config import (
+    AdaptSection,
     BatchSection,
     CheckpointSection,
     EngineSection,
@@ -26,7 +28,14 @@ from cellray.train.config import (
 )
 from cellray.train.prepare import TrainingData
 
-__all__ = ["TrainJob", "build_objective", "check_job", "fitting_weights", "load_backbone"]
+__all__ = [
+    "TrainJob",
+    "build_objective",
+    "check_job",
+    "fitting_weights",
+    "for_workers",
+    "load_backbone",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class TrainJob:
         steps: last step of the run.
         weights: what a fresh run starts with (name -> tensor), None to start anew; they travel
             with the job, so that workers need not see the driver's disk.
-        train_backbone: False trains the classifier alone.
+        adapt: which weights a model with a classifier trains.
         device: ``cpu`` or ``cuda``.
         run_dir: the run's directory, on a disk that all workers see.
     """
@@ -57,9 +66,17 @@ class TrainJob:
     scale: ScaleSection
     checkpoint: CheckpointSection
     weights: Mapping[str, torch.Tensor] | None = None
-    train_backbone: bool = True
+    adapt: AdaptSection = field(default_factory=AdaptSection)
     device: str = "cpu"
     run_dir: str = ""
+
+
+def for_workers(job: TrainJob) -> TrainJob:
+    """The job as it is shipped: without the sentences for people.
+
+    They may name classes that test cells alone have, and what trains is to know nothing of those.
+    """
+    return replace(job, data=replace(job.data, warnings=[], mixing=[], cut=""))
 
 
 def build_objective(config: Mapping[str, Any], vocab: Any) -> Objective:
@@ -108,7 +125,8 @@ def check_job(job: TrainJob) -> None:
     """Build on the driver, without memory, what every worker will build.
 
     Raises:
-        CellrayError: tokenizer, objective, model or starting weights do not fit each other.
+        CellrayError: tokenizer, objective, model, starting weights or what is to be trained do
+            not fit each other.
     """
     vocab = job.data.source.vocab
     build_objective(job.manifest.objective, vocab)
@@ -119,3 +137,4 @@ def check_job(job: TrainJob) -> None:
         model = model_of(job.manifest, vocab)
     if job.weights is not None:
         fitting_weights(model, job.weights)
+    check_adapt(model, job.adapt)

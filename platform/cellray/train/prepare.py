@@ -354,6 +354,7 @@ def make_training_data(
     categories: Mapping[str, list[str]] | None = None,
     extra_codes: Mapping[str, I64] | None = None,
     genes_chosen: bool = False,
+    refuse_loss: bool = False,
 ) -> TrainingData:
     """Plan, source and checks for given training and validation cells.
 
@@ -370,14 +371,16 @@ def make_training_data(
         extra_codes: further codes aligned with ``cells.obs`` (labels).
         genes_chosen: the vocabulary is a choice of variable genes, so that counts outside it are
             left out on purpose and no warning.
+        refuse_loss: less than 60 % of the counts covered is an error, unless the section allows it.
 
     Raises:
-        DataError: no gene in common with the vocabulary.
+        DataError: no gene in common with the vocabulary, or too few.
         ConfigError: fewer training cells than a global batch.
     """
     mapping = gene_map(cells.store, vocab)
     covered = coverage(cells.store, vocab, joinids=cells.joinids)
-    warnings = check_coverage(covered, vocab)
+    refuse = refuse_loss and not genes_chosen and not data.allow_gene_loss
+    warnings = check_coverage(covered, vocab, refuse=refuse)
     unit = tokenizer_unit(str(to_dict(tokenizer)["name"]))
     every = len(vocab) if unit.with_zeros(tokenizer) else 0
     cut = covered.longer_than(unit.max_genes(tokenizer), unit.when_longer, every=every)

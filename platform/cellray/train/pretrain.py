@@ -64,11 +64,12 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
     if not len(train):
         raise no_cells("training", run.name)
     tokenizer = to_dict(run.tokenizer)
-    weights = None
+    weights, chosen = None, run.data.vocab_genes > 0  # refused beside init_from
     if run.init_from:
         before, vocab, weights = read_checkpoint(run.init_from)
         check_vocab(run.data, vocab, run.init_from)
         _check_start(run, before)
+        chosen = before.genes_chosen
     else:
         vocab = store_vocab(cells, run.data, tokenizer["name"], train, run.seed)
         assert isinstance(run.model, ModelConfig)
@@ -82,7 +83,8 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         train=np.sort(train),
         validation=np.sort(validation),
         seed=run.seed,
-        genes_chosen=run.data.vocab_genes > 0,  # refused beside init_from
+        genes_chosen=run.data.vocab_genes > 0,
+        refuse_loss=bool(run.init_from) and not chosen,
     )
     model = to_dict(run.model)
     manifest = Manifest(
@@ -95,6 +97,7 @@ def prepare_pretrain(run: PretrainRun) -> Pretraining:
         covariates=data.covariates,
         run=to_dict(run),
         code_version=" ".join(code_version().values()),
+        chosen_genes=chosen,
     )
     job = TrainJob(
         name=run.name,

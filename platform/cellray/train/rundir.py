@@ -25,6 +25,8 @@ _FREE_KEYS = (
     "checkpoint.",
     "engine.",
     "plan.",
+    "data.allow_gene_loss",
+    "data.corpus_hashes",
     "train.log_every_steps",
     "train.eval_cells",
     "train.log_cells",
@@ -34,6 +36,8 @@ _FREE_KEYS = (
     "train.bad_steps",
     "train.explosion_factor",
     "train.max_bad_steps",
+    "task.refuse.",
+    "register_as",
 )
 
 
@@ -67,6 +71,11 @@ class RunDirectory:
         self.path = Path(root).resolve() / name
         self.model = self.path / "model"
         self.progress = self.path / "metrics.jsonl"
+
+    @classmethod
+    def at(cls, path: str | Path) -> RunDirectory:
+        """The run directory that a path names."""
+        return cls(str(Path(path).parent), Path(path).name)
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON file of the run; {} if it is not there."""

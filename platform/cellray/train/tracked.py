@@ -7,7 +7,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cellray.data.config import DataSection
+from cellray.data.corpus import CORPUS, record_corpus
 from cellray.train.config import CheckpointSection, TrackingSection
 from cellray.train.job import TrainJob
 from cellray.train.rules import uneven_shares
@@ -32,6 +35,24 @@ def _facts(job: TrainJob) -> dict[str, Any]:
         "vocab.num_genes": len(data.source.vocab),
         "train.total_steps": job.steps,
     }
+
+
+def _note_corpus(job: TrainJob, run: RunDirectory, say: Say) -> None:
+    """Write down what the run trains on, once; the exported model takes it along."""
+    if (run.path / CORPUS).is_file():
+        return
+    data, config = job.data, job.manifest.run
+    record_corpus(
+        run.path,
+        data.source.store,
+        np.union1d(data.plan.joinids, data.validation),
+        kind="finetune" if config.get("task") else "pretrain",
+        run=job.name,
+        timestamp=data.timestamp,
+        before=str(config.get("init_from") or ""),
+        hashes=str(config.get("data", {}).get("corpus_hashes", "auto")),
+        say=say,
+    )
 
 
 def pinned(data: DataSection, checkpoint: CheckpointSection, name: str) -> DataSection:
@@ -110,6 +131,7 @@ def fit_tracked(
         if began and done:
             say(f"{job.name}: already finished at step {done['step']}; nothing to do ({run.path})")
             return TrainResult(**done)
+        _note_corpus(job, run, say)
         tracker = None
         if tracking.enabled:
             tracker = _tracker(

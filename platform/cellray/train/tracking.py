@@ -6,7 +6,8 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from http.client import HTTPException
 from pathlib import Path
@@ -20,7 +21,7 @@ import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
-from cellray.core.errors import TrackingError
+from cellray.core.errors import TrackingError, did_you_mean
 from cellray.train.config import TrackingSection
 
 __all__ = [
@@ -241,6 +242,87 @@ class Tracker:
         experiment = self._client.get_run(self.run_id).info.experiment_id
         found: Sequence[Any] = self._client.search_runs([experiment], query, max_results=1000)
         return found
+
+    def run(self) -> Any:
+        """The run as it stands: its tags, parameters and last metrics.
+
+        Raises:
+            TrackingError: the store has no such run.
+        """
+        try:
+            return self._client.get_run(self.run_id)
+        except mlflow.MlflowException as error:
+            raise TrackingError(
+                f"MLflow at {self.uri} has no run '{self.run_id}': {error}"
+            ) from error
+
+    def fetch(self, folder: str, target: str | Path, *, suffixes: Sequence[str]) -> list[Path]:
+        """Copy the files of an artifact folder.
+
+        Args:
+            folder: of the run's artifacts.
+            target: an existing folder; the files keep their names.
+            suffixes: only of these kinds, e.g. ``.png``.
+
+        Returns:
+            Where the files are now, sorted; empty if the run has no such folder.
+        """
+        listed = self._client.list_artifacts(self.run_id, folder)
+        there = [a.path for a in listed if not a.is_dir and a.path.endswith(tuple(suffixes))]
+        with _no_progress_bars():
+            found = [self._client.download_artifacts(self.run_id, p, str(target)) for p in there]
+        return sorted(Path(path) for path in found)
+
+    @classmethod
+    def find_parents(
+        cls, uri: str, *, experiment: str = "", tags: Mapping[str, str] | None = None
+    ) -> Sequence[Any]:
+        """Runs that are nobody's child, newest first.
+
+        Args:
+            uri: tracking store.
+            experiment: only of this one; "" looks in all.
+            tags: what they must carry; "" as a value takes any.
+
+        Raises:
+            TrackingError: there is no such experiment, or the store refuses.
+        """
+        client = MlflowClient(tracking_uri=uri)
+        try:
+            known = {e.name: e.experiment_id for e in client.search_experiments()}
+            if experiment and experiment not in known:
+                raise TrackingError(
+                    f"MLflow at {uri} has no experiment '{experiment}'."
+                    f"{did_you_mean(experiment, known)} It has: {', '.join(sorted(known))}"
+                )
+            wanted = [
+                f"tags.`{key}` = '{value}'" if value else f"tags.`{key}` LIKE '%'"
+                for key, value in (tags or {}).items()
+            ]
+            found = client.search_runs(
+                [known[experiment]] if experiment else list(known.values()),
+                " and ".join(wanted),
+                max_results=1000,
+                order_by=["attributes.start_time DESC"],
+            )
+        except mlflow.MlflowException as error:
+            raise TrackingError(f"MLflow at {uri} refused the query: {error}") from error
+        return [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """MLflow draws one for every file it fetches, unless a variable says no."""
+    name = "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"
+    before = os.environ.get(name)
+    os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _artifact_root(uri: str) -> str | None:

@@ -18,11 +18,12 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cellray.core.errors import CellrayError, CheckpointError, ConfigError, StoppedError
+from cellray.data.corpus import corpus_files
 from cellray.data.pipeline import settle_helpers
 from cellray.train.caching import with_cache
 from cellray.train.checkpoint import export_model, read_manifest, verify
 from cellray.train.config import ScaleSection
-from cellray.train.job import TrainJob
+from cellray.train.job import TrainJob, for_workers
 from cellray.train.progress import ReportCallback, watch
 from cellray.train.rundir import RunDirectory
 from cellray.train.saving import committed, judged_loss, newest_whole
@@ -232,7 +233,7 @@ def fit(
     """
     ensure_ray(job.scale)
     settle_helpers()
-    job = replace(with_cache(job, say), run_dir=str(run.path))
+    job = replace(for_workers(with_cache(job, say)), run_dir=str(run.path))
     began = _begin(run, say, job.name)
     uri, run_id = (tracker.uri, tracker.run_id) if tracker else ("", "")
     keep = job.checkpoint.keep_last
@@ -250,7 +251,7 @@ def fit(
     if stopped:
         raise StoppedError(f"{job.name}: {stopped}")
     folder = _chosen(run, judged=len(job.data.validation) > 0)
-    export_model(folder, run.model)
+    export_model(folder, run.model, beside=corpus_files(run.path))
     metrics = {k: float(v) for k, v in (result.metrics or {}).items() if k != "reported"}
     return TrainResult(
         job.name,

@@ -17,7 +17,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train import CheckpointUploadMode
-from torch import nn
 
 from cellray.core.batch import CellBatch
 from cellray.core.draw import Draw
@@ -27,8 +26,8 @@ from cellray.data.pipeline import token_stream
 from cellray.data.tokens import make_tokenizer
 from cellray.models.base import CellModel
 from cellray.nn.recompute import compile_blocks, recompute_blocks
-from cellray.objectives.base import Objective
 from cellray.ops.hardware import peak_flops
+from cellray.train.adapt import PARAMETERS_FILE, adapt_model
 from cellray.train.cell_log import CellLog
 from cellray.train.checkpoint import ENGINE_DIR, Manifest, model_of, read_manifest, read_weights
 from cellray.train.engine import Engine, StepStats, build_engine
@@ -38,37 +37,14 @@ from cellray.train.loop import Host, Loop, StepInput
 from cellray.train.meter import WorkCounter
 from cellray.train.microbatch import Collator
 from cellray.train.profiling import StepProfiler
+from cellray.train.rundir import RunDirectory
 from cellray.train.saving import Saver, newest_whole, remove_uncommitted
 from cellray.train.sizing import tokens_that_fit
-from cellray.train.statistics import KeptStatistics
 from cellray.train.telemetry import Telemetry
 
 __all__ = ["train_worker"]
 
 _LOG = logging.getLogger(__name__)
-
-
-def freeze_unreached(model: nn.Module, objective: Objective, batch: CellBatch) -> list[str]:
-    """Freeze parameters that the loss does not reach (e.g. a pretraining decoder).
-
-    Args:
-        model: its gradients are cleared, its running statistics left as they are.
-        objective: of the run.
-        batch: corrupted cells, with every category of every covariate among them.
-
-    Returns:
-        Names of what was frozen.
-    """
-    statistics = KeptStatistics(model)
-    objective.loss(model(batch), batch).total.backward()  # type: ignore[no-untyped-call]
-    frozen = []
-    for name, parameter in model.named_parameters():
-        if parameter.grad is None and parameter.requires_grad:
-            parameter.requires_grad_(False)
-            frozen.append(name)
-        parameter.grad = None
-    statistics.put_back()
-    return frozen
 
 
 def probe_cells(job: TrainJob, pad: int) -> CellBatch:
@@ -160,13 +136,13 @@ class _Worker(Host):
         model = model_of(job.manifest, self.vocab)
         if job.weights is not None:
             load_backbone(model, job.weights)
-        if job.manifest.classes:
-            if not job.train_backbone:
-                for name, parameter in model.named_parameters():
-                    parameter.requires_grad_(name.startswith("head."))
+        if job.manifest.classes or job.adapt.mode != "full":
             probe = self.objective.corrupt(probe_cells(job, self.vocab.pad), Draw(0))
-            for name in freeze_unreached(model, self.objective, probe):
+            adapted = adapt_model(model, job.adapt, self.objective, probe, seed=job.seed)
+            for name in adapted.unreached:
                 _LOG.info("%s: the loss does not reach '%s': frozen", job.name, name)
+            if self.rank == 0:
+                RunDirectory.at(job.run_dir).write(PARAMETERS_FILE, adapted.counts)
         if folder is not None:
             model.load_state_dict(read_weights(folder))
         if job.train.compile:

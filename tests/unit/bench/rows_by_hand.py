@@ -12,13 +12,13 @@ HEAD = "macro_f1.union.v1"
 
 
 def row(method: str, value: float | None, seed: int | None = 0, **fields: object) -> ResultRow:
-    """One row of the headline metric; baselines by name, other methods as foundation models."""
+    """One row of the headline metric; baselines by name, other methods as trained from scratch."""
     known = method in ("majority", "logistic", "knn")
     given: dict[str, object] = {
         "task": "annotation",
         "dataset_id": "pancreas",
         "method": method,
-        "method_family": "baseline" if known else "foundation_ft",
+        "method_family": "baseline" if known else "from_scratch",
         "metric_id": HEAD,
         "value": value,
         "seed": seed,

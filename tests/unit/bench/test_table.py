@@ -114,7 +114,6 @@ def test_reported_rows_come_last_and_take_no_part() -> None:
         "scGPT fine-tuned",
         0.99,
         None,
-        dataset_id="hPancreas",
         provenance="reported",
         reported_source="10.1038/s41592-024-02201-0 Table S1",
     )

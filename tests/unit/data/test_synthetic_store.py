@@ -16,6 +16,7 @@ from cellray.cli import main
 from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import build_section
 from cellray.data import synthetic
+from cellray.data.dataset_name import dataset_id_of, is_synthetic
 from cellray.data.ingest import IngestConfig, ingest
 from cellray.data.soma import open_store
 from cellray.data.synthetic import (
@@ -61,6 +62,13 @@ def uri(folder) -> str:
     """The atlas in blocks of 100, made in this process."""
     synthesize(config(uri=str(folder / "one")))
     return str(folder / "one")
+
+
+def test_made_cells_say_so_in_tables(uri):
+    assert is_synthetic(open_store(uri))
+    assert dataset_id_of(open_store(uri)) == "synthetic/one"
+    assert dataset_id_of(open_store(uri), "made") == "synthetic/made"
+    assert dataset_id_of(open_store(uri), "synthetic/made") == "synthetic/made"
 
 
 def content(uri: str) -> tuple[str, pd.DataFrame, pd.DataFrame]:

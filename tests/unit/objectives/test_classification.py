@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from cellray.core.batch import CellBatch, ModelOutput
 from cellray.core.draw import Draw
 from cellray.core.errors import DataError
 from cellray.data.vocab import Vocab
+from cellray.objectives.base import Tallies
 from cellray.objectives.classification import OBJECTIVE, ClassificationConfig
 
 VOCAB = Vocab.from_genes(["A"], ["A"], specials=("<pad>",))
@@ -46,6 +49,24 @@ def test_unlabelled_cells_are_not_counted():
     assert loss.total.item() == pytest.approx(want.item())
     assert loss.num_targets == 3
     assert loss.parts["accuracy"].item() == 2.0
+
+
+def test_tallies_of_batches_add_up_to_the_macro_f1_of_all_cells():
+    objective = OBJECTIVE.build(ClassificationConfig(), VOCAB)
+    rng = np.random.default_rng(0)
+    truth, logits = rng.integers(-1, 4, size=90), torch.from_numpy(rng.normal(size=(90, 6)))
+    logits[:, 5] -= 9.0  # a class of neither truth nor prediction
+    tally = torch.zeros(6, 6, dtype=torch.float64)
+    for start in range(0, 90, 30):
+        batch = objective.corrupt(make_batch(truth[start : start + 30].tolist()), Draw(0))
+        tally += objective.tally(output(class_logits=logits[start : start + 30]), batch)
+    known = truth >= 0
+    guess = logits.argmax(-1).numpy()[known]
+    want = f1_score(truth[known], guess, average="macro", zero_division=0)
+    assert objective.judged(tally)["macro_f1"] == pytest.approx(want, abs=1e-12)
+    assert tally.sum() == known.sum()
+    assert objective.judged(torch.zeros(6, 6, dtype=torch.float64)) == {"macro_f1": 0.0}
+    assert isinstance(objective, Tallies)
 
 
 def test_tokens_are_left_as_they_are():

@@ -12,8 +12,10 @@ from cellray.data.tokens import make_tokenizer, tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.models.base import BuildContext, build_model, family
 from cellray.testing import random_block
+from cellray.train.adapt import adapt_model
+from cellray.train.config import AdaptSection
 from cellray.train.job import build_objective
-from cellray.train.worker import freeze_unreached, probe_cells
+from cellray.train.worker import probe_cells
 
 GENES, BATCHES = 50, 5
 
@@ -50,7 +52,7 @@ def test_weights_of_every_batch_train_and_the_probe_leaves_nothing_behind(run):
     objective = build_objective({"name": "classification"}, vocab)
     probe = objective.corrupt(probe_cells(job, vocab.pad), Draw(0))
     assert set(probe.covariates["batch"].tolist()) == set(range(BATCHES))
-    frozen = freeze_unreached(model, objective, probe)
+    frozen = adapt_model(model, AdaptSection(), objective, probe, seed=0).unreached
     assert frozen
     assert {n.split(".")[1] for n in frozen} == {"flag", "expression", "expression_from_cell"}
     norms = [p for n, p in model.named_parameters() if "domain_norm.norms" in n]

@@ -1,0 +1,120 @@
+"""The end of a benchmark: tables from the children, pictures, and what is logged to the parents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from cellray.bench.entries import Entry, compulsory_of, run_directory
+from cellray.bench.facts import facts_of
+from cellray.bench.pictures import pictures_of
+from cellray.bench.record import kept_answer, read_rows
+from cellray.bench.render import render_markdown, render_terminal
+from cellray.bench.report import Board, page
+from cellray.bench.reported import reported, reported_for
+from cellray.bench.setting import Setting
+from cellray.bench.table import ResultRow, control_scaled, leaderboard, to_frame
+from cellray.guards.answers import identical_methods
+from cellray.train.tracking import Tracker
+
+__all__ = ["Table", "conclude", "write_page"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One data set's table with all that is shown beside it.
+
+    Attributes:
+        setting: the data set.
+        rows: the long table, measured and reported.
+        board: the leaderboard.
+        text: the same for a terminal.
+        pictures: title -> PNG.
+        models: method -> exported model of its first seed.
+        warnings: what a reader must know first.
+    """
+
+    setting: Setting
+    rows: list[ResultRow]
+    board: pd.DataFrame
+    text: str
+    pictures: Mapping[str, Path]
+    models: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+
+def _models(setting: Setting, entries: Sequence[Entry]) -> dict[str, str]:
+    """Exported models of the first seed, of methods rather than their controls."""
+    seed = setting.run.seeds[0]
+    found = {}
+    for entry in entries:
+        model = run_directory(setting, entry, seed).model
+        if entry.kind == "finetune" and not entry.base and model.is_dir():
+            found[entry.name] = str(model)
+    return found
+
+
+def _twins(setting: Setting, entries: Sequence[Entry]) -> list[str]:
+    """Pairs of methods whose answers hardly differ: two names for one result."""
+    answers = {}
+    for entry in entries:
+        answer = kept_answer(setting, entry, setting.first)
+        if answer is not None and answer.labels is not None:
+            answers[entry.name] = answer.labels
+    return [
+        f"{one} and {two} give the same label to {share:.1%} of the test cells"
+        for one, two, share in identical_methods(answers)
+    ]
+
+
+def conclude(setting: Setting, entries: Sequence[Entry]) -> Table:
+    """Aggregate a data set's children, draw, and log to its parent.
+
+    Raises:
+        DataError: the table may not be shown: a compulsory row is missing, or controls are out of
+            order.
+    """
+    measured = control_scaled(read_rows(setting, entries))
+    rows = measured + reported_for(setting.unit.name, setting.dataset_id)
+    board = leaderboard(rows, headline=setting.unit.headline, compulsory=compulsory_of(setting))
+    text = f"{setting.unit.name}, {setting.dataset_id}\n{render_terminal(board)}"
+    warnings = (*setting.guards.warnings, *_twins(setting, entries))
+    folder = setting.directory
+    pictures = pictures_of(setting, entries, board)
+    titles = {path.name: title for title, path in pictures.items()}
+    named = folder / "report" / "pictures.json"
+    named.write_text(json.dumps(titles, indent=1))
+    (folder / "leaderboard.md").write_text(render_markdown(board) + "\n")
+    board.to_csv(folder / "leaderboard.csv", index=False)
+    if setting.parent is not None:
+        tracker = Tracker(setting.parent.uri, setting.parent.run_id)
+        tracker.table(to_frame(rows), "tables/results_long.json")
+        tracker.table(board, "tables/leaderboard.json")
+        tracker.note(render_markdown(board))
+        tracker.tag("cellray.warnings", json.dumps(list(warnings)))
+        for path in (*pictures.values(), named):
+            tracker.artifact(path, "report")
+    models = _models(setting, entries)
+    return Table(setting, rows, board, text, pictures, models, warnings)
+
+
+def write_page(name: str, tables: Sequence[Table], path: Path) -> Path:
+    """All tables of a benchmark as one self-contained page."""
+    boards = [
+        Board(
+            table=table.board,
+            title=f"{table.setting.unit.name}: {table.setting.dataset_id}",
+            facts=facts_of([row for row in table.rows if row.provenance == "measured"]),
+            pictures=table.pictures,
+            warnings=table.warnings,
+        )
+        for table in tables
+    ]
+    shown = {table.setting.dataset_id for table in tables}
+    tasks = {table.setting.unit.name for table in tables}
+    others = [r for r in reported().rows if r.task in tasks and r.dataset_id not in shown]
+    return page(path, boards, title=name, reference=others)

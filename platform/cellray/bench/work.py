@@ -1,0 +1,350 @@
+"""One cell of a benchmark's table: how an entry comes to its answers for one seed.
+
+An answer is a label and a confidence for every test cell, or a vector for every cell. Nothing here
+opens the truth; scoring is :mod:`cellray.bench.record`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cellray.baselines.base import (
+    BaselineUnit,
+    Labelled,
+    annotate_with,
+    baseline,
+    embed_with,
+)
+from cellray.bench.entries import Entry, finetune_run, run_directory
+from cellray.bench.heads import HEAD_TRIALS, logistic_head, neighbour_head
+from cellray.bench.setting import Part, Setting
+from cellray.bench.table import ResultRow
+from cellray.core.section import to_dict
+from cellray.data.corpus import Overlap, overlap
+from cellray.data.vocab import Vocab
+from cellray.infer.embed import embed_cells, token_source
+from cellray.infer.load import LoadedModel, load
+from cellray.metrics.probe import probe_folds, probe_labels, scored_rows
+from cellray.train.checkpoint import Manifest, model_of
+from cellray.train.config import ScaleSection
+from cellray.train.finetune import finetune, predict_cells, prepare_finetune
+
+__all__ = ["Answer", "Outcome", "answer_of"]
+
+I64 = npt.NDArray[np.int64]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says of the cells it was asked about.
+
+    Shapes:
+        joinids: (N,) ascending.
+        labels: (N,) class names, or None.
+        confidence: (N,) float64 in 0..1, or None.
+        embedding: (N, D) float32, or None.
+
+    Attributes:
+        probed: scores of a method that has no embedding in a table of embeddings.
+    """
+
+    joinids: I64
+    labels: npt.NDArray[Any] | None = None
+    confidence: npt.NDArray[np.float64] | None = None
+    embedding: F32 | None = None
+    probed: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An answer with what it cost and what is to be said of it.
+
+    Attributes:
+        answer: the answer.
+        row: the result row's fields, filled in but for metric and value.
+        params: for MLflow.
+        child_run_id: the MLflow run that training made, "" if none.
+        model_dir: exported model, "" if none.
+        remarks: flags for the reader.
+    """
+
+    answer: Answer
+    row: ResultRow
+    params: Mapping[str, Any] = field(default_factory=dict)
+    child_run_id: str = ""
+    model_dir: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+def _named(part: Part, found: Labelled, joinids: I64) -> Answer:
+    """Codes as class names."""
+    names = np.asarray(part.targets.classes, dtype=object)
+    return Answer(joinids, names[found.codes], found.confidence)
+
+
+def _scope(setting: Setting, part: Part, own: str) -> str:
+    """What a seed changes, in words; "" only where it changes nothing at all."""
+    parts = [own]
+    if setting.unit.answers == "embedding":
+        parts.append("clustering of the scores")
+    elif len(part.split.validation):
+        parts.append("validation cells")
+    return ", ".join(p for p in parts if p)
+
+
+def _probed(setting: Setting, part: Part, unit: BaselineUnit, config: Any) -> dict[str, float]:
+    """A baseline of labels in a table of embeddings: by the folds that probe each embedding."""
+    labels = setting.truth(part.asked)
+    rows = scored_rows(labels)
+    cells, folds = setting.counts(part.asked[rows]), probe_folds(labels[rows])
+    names, codes = np.unique(labels[rows].astype(str), return_inverse=True)
+
+    def predict(inside: I64, outside: I64) -> npt.NDArray[Any]:
+        train = cells.rows(inside)
+        found = annotate_with(unit, config, train, codes[inside], cells.rows(outside), part.seed)
+        return np.asarray(names[found.codes])
+
+    return probe_labels(folds, predict) | folds.counts
+
+
+def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
+    unit = baseline(entry.unit)
+    config = unit.config(name=unit.name)
+    started = time.perf_counter()
+    if setting.unit.answers == "embedding" and "embedding" not in unit.answers:
+        answer = Answer(part.asked, probed=_probed(setting, part, unit, config))
+    elif setting.unit.answers == "embedding":
+        joinids = part.asked
+        cells = setting.counts(joinids)
+        truth = setting.label_codes(joinids) if unit.needs_labels else None
+        embedding = embed_with(unit, config, cells, part.seed, truth=truth)
+        answer = Answer(joinids, embedding=embedding)
+    else:
+        joinids = part.split.test
+        train, query = setting.counts(part.split.train), setting.counts(joinids)
+        codes = setting.codes(part, part.split.train)
+        answer = _named(part, annotate_with(unit, config, train, codes, query, part.seed), joinids)
+    seconds = time.perf_counter() - started
+    row = replace(
+        setting.template,
+        method=entry.name,
+        method_family=entry.family,
+        seed=part.seed,
+        seed_scope=_scope(setting, part, unit.seed_scope),
+        params_json=json.dumps(to_dict(config)),
+        tuning_budget=unit.trials(config),
+        overlap_flag="none",
+        wall_s=seconds,
+        cpu_hours=seconds / 3600,
+        gpu_hours=0.0,
+        n_gpus=0,
+    )
+    remark = ("transductive: sees the counts of test cells",) if unit.transductive else ()
+    return Outcome(answer, row, to_dict(config), remarks=remark)
+
+
+@lru_cache(maxsize=8)
+def weights_sha256(path: str) -> str:
+    """SHA-256 over the weights and the vocabulary of a model."""
+    model = _loaded(path)
+    digest = hashlib.sha256(model.vocab.fingerprint.encode())
+    for name, value in sorted(model.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=2)
+def _loaded(path: str) -> LoadedModel:
+    return load(path)
+
+
+def drawn_model(manifest: Manifest, vocab: Vocab, seed: int) -> LoadedModel:
+    """The body that a manifest describes with weights drawn by ``seed``, as training draws them."""
+    bare = replace(manifest, classes=[], objective={}, metrics={}, step=0)
+    torch.manual_seed(seed)
+    return LoadedModel(model_of(bare, vocab).eval(), vocab, bare, f"random weights, seed {seed}")
+
+
+def _body(setting: Setting, entry: Entry, seed: int) -> LoadedModel:
+    """The frozen model of an entry: its checkpoint, or drawn weights in the same architecture."""
+    assert entry.method is not None
+    if entry.method.model:
+        model = _loaded(entry.method.model)
+        if entry.kind == "frozen":
+            return model
+        return drawn_model(model.manifest, model.vocab, seed)
+    job = prepare_finetune(finetune_run(setting, entry, seed)).job
+    return drawn_model(job.manifest, job.data.source.vocab, seed)
+
+
+def _head(setting: Setting, entry: Entry) -> str:
+    assert entry.method is not None
+    if entry.method.head != "auto":
+        return entry.method.head
+    return "knn" if setting.unit.neighbours else "logistic"
+
+
+def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
+    started = time.perf_counter()
+    model = _body(setting, entry, part.seed)
+    source, _ = token_source(model, setting.cells)
+    labels_asked = setting.unit.answers == "labels"
+    joinids = part.asked
+    read = np.union1d(part.split.train, joinids) if labels_asked else joinids
+    vectors = embed_cells(model, source, read)
+    at = np.searchsorted(read, joinids)
+    if labels_asked:
+        train = vectors[np.searchsorted(read, part.split.train)]
+        codes = setting.codes(part, part.split.train)
+        if _head(setting, entry) == "logistic":
+            found = logistic_head(train, codes, vectors[at], seed=part.seed)
+        else:
+            found = neighbour_head(train, codes, vectors[at], k=setting.num_neighbours)
+        answer = _named(part, found, joinids)
+    else:
+        answer = Answer(joinids, embedding=vectors[at])
+    seconds = time.perf_counter() - started
+    return Outcome(
+        answer,
+        replace(
+            _model_row(setting, entry, part, model),
+            wall_s=seconds,
+            cpu_hours=seconds / 3600,
+            gpu_hours=0.0,
+            n_gpus=0,
+            cells_per_s=len(read) / seconds,
+        ),
+        {"model": model.path, "head": _head(setting, entry) if labels_asked else ""},
+    )
+
+
+def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(values)
+
+
+def _overlap_fields(seen: Overlap | None) -> dict[str, Any]:
+    """What a row says of pretraining: nothing was seen where there was none."""
+    if seen is None:
+        return {"overlap_flag": "none"}
+    return {"overlap_flag": seen.flag, "overlap_fraction": seen.fraction}
+
+
+def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -> ResultRow:
+    """The fields that say which model answered, which genes it knows and what it has seen."""
+    assert entry.method is not None
+    random = entry.kind == "random"
+    seen = None if random or entry.scratch else overlap(model.path, setting.cells, part.asked)
+    backbone = model.backbone
+    total = sum(p.numel() for p in backbone.parameters())
+    own = "" if entry.kind == "frozen" else "initial weights"
+    head = _head(setting, entry) if setting.unit.answers == "labels" else ""
+    if head == "logistic":
+        own = ", ".join(p for p in (own, "inner folds") if p)
+    return replace(
+        setting.template,
+        method=entry.name,
+        method_family=entry.family,
+        base_method=entry.base,
+        seed=part.seed,
+        seed_scope=_scope(setting, part, own),
+        init="random_frozen" if random else "pretrained",
+        checkpoint_id="" if random else entry.method.model,
+        checkpoint_sha256="" if random else weights_sha256(model.path),
+        **_overlap_fields(seen),
+        n_params_total=total,
+        n_params_trainable=0,
+        tuning_budget=max(entry.method.tuning_budget, HEAD_TRIALS if head == "logistic" else 1),
+        params_json=json.dumps(to_dict(entry.method)),
+        **setting.gene_loss(model),
+    )
+
+
+def _reserved(scale: ScaleSection) -> float:
+    """CPUs that a fine-tuning run keeps for itself."""
+    return scale.workers * (scale.cpus_per_worker + scale.tokenizer_actors * scale.cpus_per_actor)
+
+
+def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
+    assert entry.method is not None
+    run = finetune_run(setting, entry, part.seed)
+    started = time.perf_counter()
+    prepared = prepare_finetune(run)
+    parent = setting.parent.run_id if setting.parent else None
+    result = finetune(run, lambda line: None, parent=parent, prepared=prepared, look_at_test=False)
+    model = load(result.trained.model_dir)
+    if setting.unit.answers == "labels":
+        labels, confidence = predict_cells(model, prepared, part.split.test)
+        answer = Answer(part.split.test, labels, confidence.astype(np.float64))
+    else:
+        source, _ = token_source(model, prepared.cells)
+        answer = Answer(part.asked, embedding=embed_cells(model, source, part.asked))
+    seconds = time.perf_counter() - started
+    gpus = run.scale.workers * run.scale.gpus_per_worker
+    init = run.init_from if not entry.scratch else ""
+    seen = overlap(init, setting.cells, part.asked) if init else None
+    row = replace(
+        setting.template,
+        method=entry.name,
+        method_family=entry.family,
+        base_method=entry.base,
+        seed=part.seed,
+        seed_scope=_scope(setting, part, "initial weights, batch order"),
+        init="scratch" if entry.scratch else "pretrained",
+        checkpoint_id=init,
+        checkpoint_sha256=weights_sha256(init) if init else "",
+        **_overlap_fields(seen),
+        params_json=json.dumps(to_dict(run)),
+        tuning_budget=entry.method.tuning_budget,
+        world_size=run.scale.workers,
+        micro_batch=run.batch.cells_micro,
+        effective_batch=run.batch.cells_global,
+        precision=run.train.precision,
+        n_gpus=int(gpus),
+        gpu_hours=gpus * seconds / 3600,
+        cpu_hours=_reserved(run.scale) * seconds / 3600,
+        wall_s=seconds,
+        cells_per_s=result.trained.metrics.get("cells_per_s"),
+        mfu_real=result.trained.metrics.get("mfu"),
+        **_fields({**result.params, **setting.gene_loss(model)}),
+    )
+    remarks = setting.trained_remarks(part, result.train_accuracy)
+    return Outcome(
+        answer,
+        row,
+        child_run_id=result.trained.mlflow_run_id,
+        model_dir=str(run_directory(setting, entry, part.seed).model),
+        remarks=remarks,
+    )
+
+
+def answer_of(setting: Setting, part: Part, entry: Entry) -> Outcome:
+    """Have an entry answer for a seed.
+
+    Raises:
+        CellrayError, RuntimeError, OSError: it could not; the cell of the table is then failed.
+    """
+    if entry.kind == "baseline":
+        return _baseline(setting, part, entry)
+    if entry.kind == "finetune":
+        return _finetuned(setting, part, entry)
+    return _frozen(setting, part, entry)
+
+
+def answering_model(setting: Setting, entry: Entry, seed: int) -> LoadedModel | None:
+    """The model that answered for an entry, None if there is none (any more)."""
+    if entry.kind == "finetune":
+        folder = run_directory(setting, entry, seed).model
+        return load(str(folder)) if folder.is_dir() else None
+    return None if entry.kind == "baseline" else _body(setting, entry, seed)

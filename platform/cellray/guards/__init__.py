@@ -1,0 +1,1 @@
+"""Checks that keep a table of results honest: splits, duplicates, confounding, answers."""

@@ -1,0 +1,212 @@
+"""The tables of the README: all families beside all baselines, on real cells, five seeds.
+
+``python tests/benchmarks/tables.py FOLDER [--only annotation ...] [--concurrent 2]`` with
+``CELLRAY_DATA`` set. It ingests the sets, pretrains a small model of each family that can be
+pretrained (cells of two pancreas donors and of a PBMC donor; none of the test cells), and runs one
+benchmark a task. Everything is kept in FOLDER: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cellray.cli import say
+from cellray.core.section import merge, to_toml
+from cellray.runs import build_run, run_job
+
+HERE = Path(__file__).resolve().parent
+PANCREAS = HERE.parent / "data" / "pancreas"
+SEEDS = [0, 1, 2, 3, 4]
+
+# Small enough for five seeds on two CPU cores; each family's own tokens and objective.
+SIZES: dict[str, dict[str, Any]] = {
+    "scgpt": {
+        "data": {"vocab": "store"},
+        "tokenizer": {"max_tokens": 256},
+        "model": {"width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 64},
+        "optim": {"lr": 2e-3},
+    },
+    "geneformer": {
+        "data": {"vocab": "store"},
+        "tokenizer": {"max_tokens": 256},
+        "model": {"width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 128},
+        "optim": {"lr": 3e-3},
+    },
+    "scbert": {
+        "data": {"vocab_genes": 1500},
+        "model": {
+            "width": 64, "num_layers": 2, "num_heads": 4, "head_width": 16, "ffn_width": 128,
+        },
+        "optim": {"lr": 1e-3},
+    },
+    "scfoundation": {
+        "data": {"vocab_genes": 1500},
+        "tokenizer": {"max_tokens": 512},
+        "model": {
+            "width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 128,
+            "decoder_width": 48, "decoder_layers": 1, "decoder_heads": 2,
+            "decoder_head_width": 16, "decoder_ffn_width": 96, "value_bins": 20,
+        },
+        "optim": {"lr": 1e-3},
+        "batch": {"packing": "packed"},
+    },
+}  # fmt: skip
+
+
+def stores(folder: Path, cells: Path) -> dict[str, str]:
+    """Ingest what is not there yet; name -> store."""
+    files = {
+        "corpus": [
+            *(str(PANCREAS / f"human{i}.h5ad") for i in (1, 2)),
+            str(cells / "pbmc_frozen_donorA.h5ad"),
+            str(cells / "immune_celltypist_559.h5ad"),
+        ],
+        "pancreas": [str(PANCREAS / f"human{i}.h5ad") for i in (1, 2, 3)],
+        "pbmc3k": [str(cells / "pbmc3k_1000cells.h5ad")],
+        "kang": [str(cells / "kang_ifnb_muscat_labelled.h5ad")],
+        "cellmix": [str(cells / "cellmix_sc_mixology.h5ad")],
+    }
+    for name, wanted in files.items():
+        uri = str(folder / "stores" / name)
+        if not Path(uri).is_dir():
+            run_job(build_run("ingest", {"ingest": {"files": wanted, "uri": uri}}), say)
+    return {name: str(folder / "stores" / name) for name in files}
+
+
+def pretrained(folder: Path, uri: str, steps: int) -> dict[str, str]:
+    """Pretrain each family; family -> checkpoint."""
+    models = {}
+    for family, sizes in SIZES.items():
+        raw = {
+            "name": f"pretrain-{family}",
+            "seed": 7,
+            "data": {"uri": uri, "min_genes_per_cell": 200, "split": {"validation_fraction": 0.05}},
+            "model": {"family": family},
+            "optim": {"warmup_steps": 20},
+            "batch": {"cells_global": 32, "cells_micro": 32},
+            "train": {"steps": steps, "log_every_steps": 50, "eval_every_steps": steps // 2},
+            "engine": {"name": "torch"},
+            "scale": {"workers": 1, "threads_per_worker": 2},
+            "checkpoint": {"dir": str(folder), "every_steps": steps // 2},
+        }
+        models[family] = run_job(build_run("pretrain", merge(raw, sizes)), say).model_dir
+    return models
+
+
+def finetune_files(folder: Path, models: dict[str, str], steps: int) -> dict[str, str]:
+    """One fine-tuning file a family, TOSICA's from scratch; row -> file."""
+    base = {
+        "name": "row",
+        "data": {"uri": "set by the benchmark"},
+        "task": {"name": "annotation", "split": {"test_fraction": 0.2}},
+        "optim": {"lr": 2e-3, "warmup_steps": 10},
+        "batch": {"cells_global": 32, "cells_micro": 32},
+        "train": {"steps": steps, "log_every_steps": 50, "eval_every_steps": steps // 3},
+        "engine": {"name": "torch"},
+        "scale": {"workers": 1, "threads_per_worker": 1},
+        "checkpoint": {"every_steps": steps // 3},
+    }
+    files = {}
+    for family, model in models.items():
+        lost = {"data": {"allow_gene_loss": True}} if "vocab_genes" in SIZES[family]["data"] else {}
+        files[family] = merge(base, {"init_from": model, **lost})
+    tosica = {
+        "data": {"vocab_genes": 3000},
+        "model": {"family": "tosica", "gene_sets": "hallmark", "dropout": 0.1, "drop_path": 0.1},
+    }
+    files["tosica"] = merge(base, tosica)
+    paths = {}
+    for name, raw in files.items():
+        path = folder / "configs" / f"{name}.toml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(to_toml(raw) + "\n")
+        paths[name] = str(path)
+    return paths
+
+
+def annotation(uris: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
+    """Held-out donors (pancreas, interferon set) and, for want of donors, cells (PBMC)."""
+    donors = {"column": "donor", "test_values": ["human3"]}
+    people = {"column": "batch", "test_values": ["ctrl107", "stim107"]}
+    unlabelled = ["", "nan", "NA", "unknown", "unlabelled (failed QC)"]
+    return {
+        "task": {"name": "annotation", "label": "cell_type"},
+        "methods": files,
+        "datasets": {
+            "pancreas": {"data": {"uri": uris["pancreas"]}, "task": {"split": donors},
+                         "license": "MIT, Apache-2.0"},
+            "kang": {"data": {"uri": uris["kang"]}, "task": {"split": people}, "license": "GPL-3"},
+            "pbmc3k": {
+                "data": {"uri": uris["pbmc3k"]}, "license": "MIT",
+                "task": {"split": {"test_fraction": 0.2}, "ignore_labels": unlabelled},
+            },
+        },
+    }  # fmt: skip
+
+
+def frozen(models: dict[str, str]) -> dict[str, Any]:
+    """Each pretrained model as it is."""
+    return {name: {"model": path} for name, path in models.items()}
+
+
+def reference_mapping(uris: dict[str, str], models: dict[str, str]) -> dict[str, Any]:
+    """Queries are a held-out pancreas donor, and one of two people."""
+    donors = {"column": "donor", "test_values": ["human3"]}
+    people = {"column": "batch", "test_values": ["ctrl107", "stim107"]}
+    return {
+        "task": {"name": "reference_mapping", "label": "cell_type"},
+        "methods": frozen(models),
+        "datasets": {
+            "pancreas": {"data": {"uri": uris["pancreas"]}, "task": {"split": donors}},
+            "kang": {"data": {"uri": uris["kang"]}, "task": {"split": people}},
+        },
+    }
+
+
+def embedding(uris: dict[str, str], models: dict[str, str]) -> dict[str, Any]:
+    """Zero-shot, scored by cell type and batch."""
+    return {
+        "task": {"name": "embedding", "label": "cell_type"},
+        "methods": frozen(models),
+        "datasets": {
+            "pancreas": {"data": {"uri": uris["pancreas"]}, "task": {"batch": "donor"}},
+            "cellmix": {"data": {"uri": uris["cellmix"]}, "task": {"batch": "batch"}},
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--pretrain-steps", type=int, default=400)
+    parser.add_argument("--concurrent", type=int, default=2)
+    given = parser.parse_args()
+    cells = Path(os.environ["CELLRAY_DATA"]) / "cells"
+    folder = given.folder.resolve()
+    uris = stores(folder, cells)
+    models = pretrained(folder, uris["corpus"], given.pretrain_steps)
+    files = finetune_files(folder, models, given.steps)
+    tables = {
+        "annotation": annotation(uris, files),
+        "reference_mapping": reference_mapping(uris, models),
+        "embedding": embedding(uris, models),
+    }
+    for name, table in tables.items():
+        if given.only and name not in given.only:
+            continue
+        raw = {"name": name, "seeds": SEEDS, "concurrent": given.concurrent, **table,
+               "checkpoint": {"dir": str(folder)}}  # fmt: skip
+        result = run_job(build_run("benchmark", raw), say)
+        say("\n".join(result.lines()))
+        boards = {k: json.loads(v.to_json(orient="records")) for k, v in result.tables.items()}
+        (folder / f"{name}.json").write_text(json.dumps(boards, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""A fine-tuned model in MLflow's registry: what is kept with it, and what it takes back."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import anndata as ad
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from mlflow import MlflowClient
+
+import cellray
+from cellray.core.errors import DataError
+from cellray.data.tokens import tokenizer_unit
+from cellray.data.vocab import Vocab
+from cellray.infer.load import UNASSIGNED, load
+from cellray.infer.predict import as_anndata, register, requirements
+from cellray.train.checkpoint import Manifest, model_of, write_checkpoint, write_manifest
+from cellray.train.tracking import Tracker
+from helpers_cells import known_cells
+
+SIZES = {"width": 16, "num_layers": 1, "num_heads": 2, "ffn_width": 16, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    """An scGPT classifier of drawn weights over the genes of the known cells."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    ids = known_cells().var_names.tolist()
+    vocab = Vocab.from_genes(ids, [""] * 60, specials=tokenizer_unit("bins").specials)
+    manifest = Manifest(
+        family="scgpt",
+        model={"family": "scgpt", **SIZES},
+        tokenizer={"name": "bins", "max_tokens": 64},
+        objective={"name": "classification"},
+        vocab_fingerprint=vocab.fingerprint,
+        data_fingerprint="d" * 64,
+        classes=["type0", "type1", "type2"],
+        step=7,
+        metrics={"validation/loss": 0.5, "validation/macro_f1": 0.75, "train/loss": 1.0},
+        run={"data": {"uri": "some/store"}, "task": {"name": "annotation"}},
+        refuse_below=0.3,
+    )
+    torch.manual_seed(0)
+    weights = model_of(manifest, vocab).state_dict()
+    write_checkpoint(folder, manifest, vocab=vocab, weights=weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def registered(model_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mlflow")
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    tracker = Tracker.start(uri, experiment="finetune", name="fine")
+    (folder / "config.toml").write_text('name = "fine"\n')
+    found = register(
+        tracker,
+        model_dir,
+        name="types",
+        config=folder / "config.toml",
+        metrics={"test/accuracy.v1": 0.875},
+    )
+    return found, uri, tracker
+
+
+def new_cells() -> ad.AnnData:
+    """Genes in another order, five missing, with versions, among genes the model never saw."""
+    cells = known_cells()[60:80].copy()
+    cells = cells[:, np.random.default_rng(0).permutation(60)[5:]].copy()
+    cells.var_names = [f"{name}.7" for name in cells.var_names]
+    strange = ad.AnnData(
+        np.ones((20, 3), dtype=np.float32),
+        obs=cells.obs,
+        var=pd.DataFrame(index=[f"ENSG9{i:010d}" for i in range(3)]),
+    )
+    joined = ad.concat([strange, cells], axis=1, merge="first")
+    joined.layers["counts"] = joined.X.copy()
+    return joined
+
+
+def test_what_is_kept_with_a_registered_model(registered, model_dir):
+    uri_of_model, uri, tracker = registered
+    assert uri_of_model == "models:/types/1"
+    client = MlflowClient(tracking_uri=uri)
+    version = client.get_model_version("types", "1")
+    assert version.run_id == tracker.run_id
+    assert version.tags["cellray.family"] == "scgpt"
+    assert version.tags["cellray.corpus"] == "some/store"
+    assert version.tags["cellray.data_fingerprint"] == "d" * 64
+    logged = client.get_logged_model(version.source.removeprefix("models:/"))
+    values = {m.key: m.value for m in logged.metrics}
+    assert values == {
+        "validation/loss": 0.5,
+        "validation/macro_f1": 0.75,
+        "test/accuracy.v1": 0.875,
+    }
+    assert client.get_run(tracker.run_id).data.metrics["test/accuracy.v1"] == 0.875
+    mlflow.set_tracking_uri(uri)
+    info = mlflow.models.get_model_info("models:/types/1")
+    assert [c.name for c in info.signature.outputs.inputs] == ["label", "probability"]
+    asked = {p.name: p.default for p in info.signature.params.params}
+    assert asked == {"refuse_below": 0.3, "layer": ""}
+    local = Path(mlflow.artifacts.download_artifacts("models:/types/1"))
+    names = {p.name for p in local.rglob("*") if p.is_file()}
+    assert {"vocab.json.gz", "config.toml", "manifest.json", "weights.safetensors"} <= names
+    needs = (local / "requirements.txt").read_text().split()
+    assert needs == requirements()
+    assert f"cellray=={cellray.__version__}" in needs
+    assert f"torch=={torch.__version__.partition('+')[0]}" in needs
+    assert yaml.safe_load((local / "MLmodel").read_text())["signature"]["inputs"] is None
+
+
+def test_it_annotates_in_a_fresh_process_whatever_cells_come_as(registered, model_dir, tmp_path):
+    _, uri, _ = registered
+    new_cells().write_h5ad(tmp_path / "new.h5ad")
+    code = (
+        "import sys, mlflow, anndata\n"
+        "mlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model('models:/types/1')\n"
+        "cells = anndata.read_h5ad(sys.argv[2])\n"
+        "ways = {'file': sys.argv[2], 'anndata': cells, 'table': cells.to_df()}\n"
+        "for name, given in ways.items():\n"
+        "    model.predict(given).to_csv(f'{sys.argv[3]}/{name}.csv')\n"
+        "asked = {'refuse_below': 0.99, 'layer': 'counts'}\n"
+        "model.predict(cells, params=asked).to_csv(f'{sys.argv[3]}/asked.csv')\n"
+        "try: model.predict([1, 2])\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    words = [sys.executable, "-W", "ignore", "-c", code, uri, tmp_path / "new.h5ad", tmp_path]
+    done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "DataError cells are given as list; give AnnData, the path of an h5ad" in done.stdout
+    here = load(str(model_dir)).annotate(new_cells())
+    for name in ("file", "anndata", "table"):
+        found = pd.read_csv(tmp_path / f"{name}.csv", index_col=0)
+        assert found.columns.tolist() == ["label", "probability"]
+        assert found.index.tolist() == new_cells().obs_names.tolist()
+        assert found["label"].tolist() == here["label"].tolist()
+        np.testing.assert_allclose(found["probability"], here["probability"], rtol=1e-5)
+    asked = pd.read_csv(tmp_path / "asked.csv", index_col=0)
+    assert set(asked["label"]) == {UNASSIGNED}
+    np.testing.assert_allclose(asked["probability"], here["probability"], rtol=1e-5)
+
+
+def test_gene_order_missing_versions_and_strange_genes_change_nothing(model_dir):
+    model = load(str(model_dir))
+    cells = new_cells()
+    known = cells[:, [n.startswith("ENSG0") for n in cells.var_names]].copy()
+    known.var_names = [n.partition(".")[0] for n in known.var_names]
+    want = model.annotate(known[:, sorted(known.var_names)].copy())
+    found = model.annotate(cells)
+    assert found["label"].tolist() == want["label"].tolist()
+    np.testing.assert_allclose(found["probability"], want["probability"], rtol=1e-4)
+
+
+def test_the_registry_uri_loads_as_a_model_of_its_own(registered, model_dir):
+    mlflow.set_tracking_uri(registered[1])
+    model = cellray.load("models:/types/1")
+    here = cellray.load(str(model_dir))
+    assert model.manifest == here.manifest
+    assert model.cutoff == 0.3
+    for name, value in model.model.state_dict().items():
+        assert torch.equal(value, here.model.state_dict()[name]), name
+
+
+def test_the_same_model_is_registered_once_and_another_anew(registered, model_dir):
+    _, uri, tracker = registered
+    assert register(tracker, model_dir, name="types") == "models:/types/1"
+    client = MlflowClient(tracking_uri=uri)
+    assert len(client.search_model_versions("name='types'")) == 1
+    manifest = load(str(model_dir)).manifest
+    try:
+        write_manifest(model_dir, replace(manifest, refuse_below=0.5))
+        assert register(tracker, model_dir, name="types") == "models:/types/2"
+    finally:
+        write_manifest(model_dir, manifest)
+    assert register(tracker, model_dir, name="types") == "models:/types/1"
+    assert register(tracker, model_dir, name="").startswith("models:/m-")
+
+
+def test_what_is_no_cells_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no h5ad file at 'nowhere.h5ad'"):
+        as_anndata("nowhere.h5ad")
+    (tmp_path / "text.h5ad").write_text("no hdf5")
+    with pytest.raises(DataError, match=r"text.h5ad' cannot be read as h5ad"):
+        as_anndata(tmp_path / "text.h5ad")
+    table = pd.DataFrame({"ENSG1": [1.0], "cell_type": ["beta"]})
+    with pytest.raises(DataError, match="1 columns of the DataFrame hold no numbers: cell_type"):
+        as_anndata(table)
+    with pytest.raises(DataError, match="cells are given as ndarray; give AnnData"):
+        as_anndata(np.ones((2, 2)))
