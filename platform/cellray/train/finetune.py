@@ -184,6 +184,11 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     split = unit.split(cells.keyed(), run.task, seed=run.seed)
     split = guard_split(cells, split, run.task, covariates=section.covariates).split  # type: ignore[arg-type]
     targets = unit.fit(cells.obs, run.task, split)
+    if run.register_as and not targets.classes:
+        raise ConfigError(
+            f"register_as = '{run.register_as}': what is registered annotates cells, and task "
+            f"'{unit.name}' trains no classifier; leave the key out"
+        )
     first = Start(*_start(run, cells, split.train))
     section = _conditioned(section, targets)
     start = lay_over(

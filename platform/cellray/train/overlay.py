@@ -147,7 +147,9 @@ def _fewer_genes(
     if weights is not None:
         weights = _bare(start.manifest, vocab, weights)
         weights = unit.keep_genes(weights, tokens)
-    manifest = replace(start.manifest, vocab_fingerprint=kept.fingerprint, classes=[])
+    manifest = replace(
+        start.manifest, vocab_fingerprint=kept.fingerprint, classes=[], chosen_genes=True
+    )
     said = (
         f"genes: {len(kept)} variable ones of the vocabulary's {len(vocab)}, chosen within "
         f"{len(moments)} batches of training cells"

@@ -263,6 +263,8 @@ def test_refusals(pretrained: str, small_store: str, tmp_path: Path) -> None:
     labelled = {"model": {"family": "tosica", "gene_sets": ""}, "task": {"recipe": "objective"}}
     with pytest.raises(ConfigError, match="family 'tosica' is trained with labels"):
         prepared_of(small_store, tmp_path, **labelled)
+    with pytest.raises(ConfigError, match="task 'integration' trains no classifier"):
+        prepared_of(small_store, tmp_path, init_from=pretrained, register_as="mixed")
     raw = raw_run(small_store, tmp_path, init_from=pretrained)
     raw["task"] = {"name": "embedding"}
     with pytest.raises(ConfigError, match="this task is zero-shot: nothing is learnt"):
