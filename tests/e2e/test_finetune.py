@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,10 @@ import pytest
 
 import cellray
 from cellray.core.errors import ConfigError, DataError
-from cellray.core.section import read_toml, to_dict, to_toml
+from cellray.core.section import to_toml
 from cellray.data.soma import open_store
 from cellray.infer.load import load
-from cellray.runs import build_run, load_run, run_job
+from cellray.runs import build_run, run_job
 from cellray.train.finetune import prepare_finetune
 from cellray.train.saving import committed
 from helpers_cells import known_cells
@@ -213,53 +212,6 @@ def test_a_table_without_logistic_regression_is_not_made(small_store, tmp_path):
     config = benchmark_raw(small_store, tmp_path, {}) | {"baselines": ["majority", "knn"]}
     with pytest.raises(ConfigError, match=r"lacks logistic; a table of task 'annotation'"):
         run_job(build_run("benchmark", config))
-
-
-@pytest.mark.slow
-def test_a_sweep_finds_the_better_learning_rate_and_writes_it(pretrained, small_store, tmp_path):
-    base = tmp_path / "base.toml"
-    raw = finetune_raw(small_store, tmp_path, init_from=pretrained)
-    raw["train"] = {"steps": 24, "eval_every_steps": 6}
-    raw["checkpoint"] = {"dir": str(tmp_path)}
-    base.write_text(to_toml(raw))
-    sweep = {
-        "name": "sweep",
-        "base": str(base),
-        "search": {"optim.lr": [1e-6, 1e-2], "train_backbone": [True]},
-        "trials": 4,
-        "seed": 4,
-        "checkpoint": {"dir": str(tmp_path / "runs")},
-    }
-    interrupt = signal.getsignal(signal.SIGINT)
-    result = run_job(build_run("tune", sweep))
-    assert signal.getsignal(signal.SIGINT) is interrupt
-    table = result.table.set_index("trial")
-    assert len(table) == 4
-    assert set(table["optim.lr"]) == {1e-6, 1e-2}
-    assert table.loc[result.best_trial, "optim.lr"] == 1e-2
-    assert "stopped early" in set(table["state"])
-    assert table.loc[result.best_trial, "state"] == "finished"
-    best = load_run("finetune", result.best_config)
-    assert to_dict(best)["optim"]["lr"] == 1e-2
-    assert best.checkpoint.dir == str(tmp_path / "runs")
-    assert read_toml(result.best_config)["name"] == "sweep-best"
-
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("tune").experiment_id
-    query = f"tags.`mlflow.parentRunId` = '{result.mlflow_run_id}'"
-    children = client.search_runs([experiment], query)
-    assert len(children) == 4
-    assert "RUNNING" not in {c.info.status for c in children}
-    assert not any("test/accuracy.v1" in c.data.metrics for c in children)
-    assert client.get_run(result.mlflow_run_id).info.status == "FINISHED"
-
-
-def test_a_sweep_over_an_unknown_key_is_refused(pretrained, small_store, tmp_path):
-    base = tmp_path / "base.toml"
-    base.write_text(to_toml(finetune_raw(small_store, tmp_path, init_from=pretrained)))
-    sweep = {"name": "s", "base": str(base), "search": {"optim.lrr": [1.0]}}
-    with pytest.raises(ConfigError, match=r"unknown key 'optim.lrr'\. Did you mean 'lr'"):
-        run_job(build_run("tune", sweep | {"checkpoint": {"dir": str(tmp_path)}}))
 
 
 def test_embed_writes_cells_and_a_picture(pretrained, small_store, tmp_path):
