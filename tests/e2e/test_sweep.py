@@ -138,6 +138,52 @@ def test_a_killed_sweep_goes_on_without_repeating_what_was_done(small_store, tmp
 
 
 @pytest.mark.slow
+def test_an_interrupted_sweep_says_that_it_can_go_on_and_a_time_limit_ends_it(
+    small_store, tmp_path
+):
+    base = write_base(small_store, tmp_path, steps=2000, eval_every_steps=10)
+    raw = sweep_raw(base, tmp_path, scheduler="none")
+    config, log = tmp_path / "sweep.toml", tmp_path / "log"
+    config.write_text(to_toml(raw))
+    home = tmp_path / "runs" / "sweep"
+    with open(log, "w") as out:
+        driver = start(config, out)
+        try:
+            until(lambda: "trial 0 report 2/200" in log.read_text(), driver, 240)
+            driver.send_signal(signal.SIGINT)
+            assert driver.wait(120) == 130
+        finally:
+            if driver.poll() is None:
+                kill(driver)
+    said = log.read_text()
+    assert "interrupted; trials that run are stopped, a second Ctrl-C does not wait" in said
+    assert "0 of 2 trials done" in said.splitlines()[-2]
+    assert "the same command goes on from here" in said.splitlines()[-2]
+    parent = json.loads((home / "mlflow.json").read_text())["run_id"]
+    client, children = children_of(tmp_path, parent)
+    assert [c.info.status for c in children] == ["KILLED"]
+    assert client.get_run(parent).info.status == "KILLED"
+    reached = json.loads((home / "trials.json").read_text())["trials"][0]["reports"]
+    assert reached >= 2
+
+    config.write_text(to_toml(raw | {"time_limit_s": 45.0}))
+    with open(log, "w") as out:
+        assert start(config, out).wait(240) == 0
+    said = log.read_text()
+    assert "trial 0 goes on" in said
+    assert "time limit of 45 s reached; trials that run are stopped" in said
+    assert "best: trial 0, validation/loss = " in said
+    assert "some trials have not finished; the same command goes on with them" in said
+    facts = json.loads((home / "trials.json").read_text())
+    assert facts["best"] == 0
+    assert facts["trials"][0]["state"] == "not finished"
+    assert facts["trials"][0]["reports"] > reached
+    _, children = children_of(tmp_path, parent)
+    assert {c.info.status for c in children} == {"KILLED"}
+    assert client.get_run(parent).info.status == "FINISHED"
+
+
+@pytest.mark.slow
 def test_failed_trials_are_shown_and_the_best_file_runs(small_store, ray_cluster, tmp_path):
     base = write_base(small_store, tmp_path)
     # a vocabulary that is not there is met in the trial: shown as failed, and the sweep goes on

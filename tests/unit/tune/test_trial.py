@@ -135,3 +135,10 @@ def test_another_sweep_of_the_same_name_is_refused(sweep, tmp_path):
     changed = sweep({"optim.lr": [1e-3]}, overrides=["train.steps=30"])
     with pytest.raises(ConfigError, match=r"base.train.steps: 24 -> 30"):
         _enter(changed, _check(changed), directory)
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_optuna", "demo_pbt"])
+def test_the_demo_files_name_keys_that_can_be_searched(repository, monkeypatch, name):
+    monkeypatch.chdir(repository)
+    run = load_run("tune", f"jobs/configs/tune/{name}.toml")
+    assert list(check_space(run, read_base(run))) == list(run.search)
