@@ -9,10 +9,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ray import cloudpickle
 from ray import tune as ray_tune
 
+from cellray.core.errors import CellrayError
 from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import Tracker
 from cellray.tune.inside import trial_number
@@ -113,7 +116,7 @@ class Board:
         self.ledger.note(trial, **facts)
         self._child(trial, point)
 
-    def reported(self, trial: int, result: dict[str, Any], point: dict[str, Any]) -> None:
+    def reported(self, trial: int, result: dict[str, Any]) -> None:
         """A trial has reported."""
         value = float(result.get(self.run.metric, math.nan))
         self._spend(trial)
@@ -205,7 +208,7 @@ class Watch(ray_tune.Callback):  # type: ignore[misc]
 
     def __init__(self, board: Board) -> None:
         self._board = board
-        self._points: dict[int, dict[str, Any]] = {}
+        self._changes = {n: len(board.ledger.changes(n)) for n in board.ledger.known()}
 
     def __reduce__(self) -> Any:
         return ray_tune.Callback, ()  # Ray Tune keeps a copy of its settings, which nobody reads
@@ -213,7 +216,6 @@ class Watch(ray_tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: Sequence[Any], trial: Any, **_: Any) -> None:
         """See :meth:`Board.started`."""
         number, point = _of(trial)
-        self._points.setdefault(number, point)
         self._board.started(number, point)
 
     def on_trial_result(
@@ -227,10 +229,11 @@ class Watch(ray_tune.Callback):  # type: ignore[misc]
         """See :meth:`Board.reported`."""
         number, point = _of(trial)
         board = self._board
-        if self._points.get(number) != point and board.ledger.point(number) == point:
-            self._points[number] = point
+        changes = len(board.ledger.changes(number))
+        if changes > self._changes.get(number, 0):
             board.took_over(number, point)
-        board.reported(number, result, point)
+        self._changes[number] = changes
+        board.reported(number, result)
 
     def on_trial_complete(
         self, iteration: int, trials: Sequence[Any], trial: Any, **_: Any
@@ -240,9 +243,18 @@ class Watch(ray_tune.Callback):  # type: ignore[misc]
 
     def on_trial_error(self, iteration: int, trials: Sequence[Any], trial: Any, **_: Any) -> None:
         """See :meth:`Board.ended`."""
-        error = trial.get_pickled_error()
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-        self._board.ended(_of(trial)[0], lines[-1] if lines else "the trial's process died")
+        self._board.ended(_of(trial)[0], _error(trial))
+
+
+def _error(trial: Any) -> str:
+    """What a trial died of, in one line; its file is here before it is in Ray Tune's storage."""
+    file = Path(trial.pickled_error_file or "")
+    error = cloudpickle.loads(file.read_bytes()) if file.is_file() else None
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, CellrayError):
+        return " ".join(str(cause).split())
+    lines = [line.strip() for line in str(error or "").strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "the trial's process died"
 
 
 class _Stop(ray_tune.Stopper):  # type: ignore[misc]

@@ -122,11 +122,12 @@ class _Reporter:
             "report": math.ceil(row.step / self._every),
             "last": row.step >= self._steps,
         }
-        if self._run.scheduler != "pbt":
+        notes = committed(self._ledger.folder(self._trial))
+        saved = [str(note["name"]) for note in notes if int(note["step"]) == row.step]
+        if self._run.scheduler != "pbt" or not saved:
             ray_tune.report(told)
             return
-        notes = committed(self._ledger.folder(self._trial))
-        name = next(str(n["name"]) for n in reversed(notes) if int(n["step"]) == row.step)
+        name = saved[-1]
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / START).write_text(json.dumps({"trial": self._trial, "name": name}))
             ray_tune.report(told, checkpoint=ray_tune.Checkpoint.from_directory(folder))

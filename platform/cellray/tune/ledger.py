@@ -168,7 +168,8 @@ class Ledger:
             shutil.copy(before / "mlflow.json", partial / "mlflow.json")
         history = before / "metrics.jsonl"
         rows = history.read_text(encoding="utf-8").splitlines() if history.is_file() else []
-        kept = [row for row in rows if json.loads(row)["step"] <= step]
+        kept = [row for row in rows if json.loads(row)["step"] < step]
+        kept.append(json.dumps({k: v for k, v in note.items() if k != "name"}))
         (partial / "metrics.jsonl").write_text("".join(f"{row}\n" for row in kept))
         change = {"step": step, "from": donor, "point": point}
         _write(partial / _POINT, {"point": point, "changes": [*self.changes(trial), change]})

@@ -30,6 +30,7 @@ _DPI = 150
 _INK, _FAINT, _BAD, _BEST = "#1A1A1A", "#8A8A8A", "#B00020", "#D55E00"
 _LABEL_CHARS = 18
 _MOST_TICKS = 12
+_MANY = 10
 _STRETCH = 5.0  # a positive metric that spans more than this is drawn on a logarithmic axis
 _LANE = 0.035  # lines that meet at a choice are drawn this far apart, at most
 
@@ -90,7 +91,7 @@ def _line(name: str, values: npt.NDArray[np.float64], *, log: bool) -> _Scale:
         low, high = low - pad, high + pad
     margin = (high - low) * 0.05
     low, high = low - margin, high + margin
-    marks = _log_marks(low, high) if log else MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(
+    marks = _log_marks(low, high) if log else MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(
         low, high)  # fmt: skip
     digits = max((_digits(m) for m in np.diff(marks)), default=0) if not log else 0
     ticks = {}
@@ -283,10 +284,11 @@ def draw_sweep(
     figure = Figure(figsize=(max(7.0, 1.9 * len(scales) + 2.2), 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    # worst is light, best is dark; half of the values fill the darker half
-    low, high = float(scored.min()), float(np.quantile(scored, 0.9 if mode == "min" else 1.0))
-    if mode == "max":
-        low, high = float(np.quantile(scored, 0.1)), float(scored.max())
+    # worst is light, best is dark; of many trials the worst tenth does not stretch the colours
+    low, high = float(scored.min()), float(scored.max())
+    if len(scored) >= _MANY:
+        worst = float(np.quantile(scored, 0.9 if mode == "min" else 0.1))
+        low, high = (low, worst) if mode == "min" else (worst, high)
     norm = Normalize(low, high if high > low else low + 1e-9, clip=True)
     cmap = colormaps["viridis" if mode == "min" else "viridis_r"]
     mappable = ScalarMappable(norm, cmap)
@@ -299,7 +301,7 @@ def draw_sweep(
     bar.ax.tick_params(labelsize=7)
     bar.outline.set_visible(False)
     axes.set_xlim(-0.45, len(scales) - 1 + 0.35)
-    axes.set_ylim(-0.16, 1.08)
+    axes.set_ylim(-0.16 if len(scored) < len(table) else -0.05, 1.08)
     axes.set_axis_off()
     heading = f"{title}  ·  " if title else ""
     figure.suptitle(f"{heading}{len(table)} trials", fontsize=11, x=0.02, ha="left")

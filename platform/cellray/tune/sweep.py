@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -217,6 +218,19 @@ def _environment() -> Iterator[None]:
                 os.environ.pop(key, None)
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors of trials are told in a line each; Ray Tune's traces of them are for the verbose."""
+    log = logging.getLogger("ray.tune")
+    before = log.level
+    if os.environ.get("CELLRAY_VERBOSE") != "1":
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def _tuner(board: Board, checked: _Checked, pending: list[int], timestamp: str, stop: Any) -> Any:
     run, ledger = board.run, board.ledger
     space: dict[str, Any] = {}
@@ -248,7 +262,6 @@ def _tuner(board: Board, checked: _Checked, pending: list[int], timestamp: str, 
             storage_path=str(folder.parent),
             callbacks=[Watch(board)],
             stop=stop,
-            checkpoint_config=ray_tune.CheckpointConfig(num_to_keep=4),
             verbose=0,
         ),
     )
@@ -260,7 +273,13 @@ def _named(trial: Any) -> str:
 
 def _fit(board: Board, checked: _Checked, pending: list[int], timestamp: str) -> None:
     """Run the trials that have not ended, until they have, or the sweep is to stop."""
-    with _environment(), kept_interrupt(), until(board) as stop, warnings.catch_warnings():
+    with (
+        _environment(),
+        _quiet(),
+        kept_interrupt(),
+        until(board) as stop,
+        warnings.catch_warnings(),
+    ):
         warnings.filterwarnings("ignore", message="Consider boosting PBT performance")
         _tuner(board, checked, pending, timestamp, stop).fit()
 
@@ -299,8 +318,12 @@ def tune(run: TuneRun, say: Say) -> TuneResult:
         try:
             if pending:
                 _fit(board, checked, pending, timestamp)
+            status = "KILLED" if board.interrupted else status
             result = _gather(run, checked, tracker, directory)
             status = "KILLED" if board.interrupted else "FINISHED"
+        except DataError:  # an interrupted sweep need not have found anything
+            if not board.interrupted:
+                raise
         except KeyboardInterrupt:
             board.interrupted, status = True, "KILLED"
             raise
