@@ -40,7 +40,7 @@ class HarmonyConfig(ComponentConfig):
 
 def _correct(config: HarmonyConfig, components: F32, batches: I64, seed: int) -> F32:
     """(N + Q, P) components -> the same, batches mixed; the number of threads changes nothing."""
-    import harmonypy  # type: ignore[import-untyped, unused-ignore]
+    import harmonypy
 
     num = len(components)
     done = harmonypy.run_harmony(

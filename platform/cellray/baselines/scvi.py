@@ -83,7 +83,7 @@ def _latent(config: ScviConfig, counts: sparse.csr_matrix, batches: I64, seed: i
     """(N + Q, K) raw counts -> (N + Q, D) means of the latent cells."""
     import anndata
     import pandas as pd
-    import scvi  # type: ignore[import-not-found, unused-ignore]
+    import scvi
 
     names = [str(row) for row in range(counts.shape[0])]
     obs = pd.DataFrame({"batch": pd.Categorical(batches.astype(str))}, index=names)
