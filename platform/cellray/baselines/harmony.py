@@ -67,8 +67,6 @@ def _embed(
         assert query.batches is not None
         components = np.concatenate([first, second])
         batches = np.concatenate([batches, query.batches])
-    if (batches == batches[0]).all():
-        return first, second  # one batch: nothing to correct
     corrected = _correct(config, components, batches, seed)
     return corrected[: len(first)], None if second is None else corrected[len(first) :]
 
