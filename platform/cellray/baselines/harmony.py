@@ -23,6 +23,7 @@ I64 = npt.NDArray[np.int64]
 
 _CELLS_PER_CLUSTER = 30.0
 _MAX_CLUSTERS = 100.0
+_SEEDS = 1 << 31  # the package takes no larger one
 
 
 class HarmonyConfig(ComponentConfig):
@@ -51,7 +52,7 @@ def _correct(config: HarmonyConfig, components: F32, batches: I64, seed: int) ->
         max_iter_harmony=config.max_iterations,
         nclust=int(min(max(round(num / _CELLS_PER_CLUSTER), 1.0), _MAX_CLUSTERS)),
         verbose=False,
-        random_state=seed,
+        random_state=seed % _SEEDS,
         ncores=1,
     )
     return np.asarray(done.Z_corr, dtype=np.float32)
