@@ -282,13 +282,12 @@ def annotate_with(
     Raises:
         ConfigError: the unit gives no labels, or needs a package that is not installed.
         DataError: the cells are not raw counts over the same genes, no training cell has a label,
-            or the unit needs batches that are not there.
+            or the unit needs batches that are not there or all the same.
     """
     check_available(unit)
     check_training(train.counts, labels)
     check_genes(query.counts, train.num_genes)
-    _check_batches(unit, train)
-    _check_batches(unit, query)
+    _check_batches(unit, train, query)
     if unit.label is None and unit.fit is no_fit and unit.embed is None:
         raise ConfigError(
             f"baseline '{unit.name}' gives no labels ({unit.title}); for a task answered with "
@@ -332,7 +331,7 @@ def embed_with(
         ConfigError: the unit has no embedding, needs a package that is not installed, or is a
             control made from the truth and ``truth`` is not given.
         DataError: the cells are not raw counts, there are none, or the unit needs batches that are
-            not there.
+            not there or all the same.
     """
     check_available(unit)
     if not cells.num_cells:
@@ -372,19 +371,27 @@ def check_training(counts: sparse.csr_matrix, labels: I64) -> None:
     _check_raw(counts)
 
 
-def _check_batches(unit: BaselineUnit, cells: CellCounts) -> None:
+def _check_batches(unit: BaselineUnit, *groups: CellCounts) -> None:
     if not unit.needs_batches:
         return
-    if cells.batches is None:
+    given = [cells.batches for cells in groups if cells.batches is not None]
+    if len(given) < len(groups):
         raise DataError(
             f"baseline '{unit.name}' needs the batch of every cell and there is none; name the obs "
             "column of the batch (donor, sample, technology), or leave the baseline out"
         )
-    missing = int((cells.batches < 0).sum())
+    batches = np.concatenate(given)
+    missing = int((batches < 0).sum())
     if missing:
         raise DataError(
-            f"{missing} of {cells.num_cells} cells have no batch, which baseline '{unit.name}' "
-            "needs; drop those cells or name another batch column"
+            f"{missing} of {len(batches)} cells have no batch, which baseline '{unit.name}' needs; "
+            "drop those cells or name another batch column"
+        )
+    if len(np.unique(batches)) < 2:
+        does = "goes by" if unit.embed is None else "corrects"
+        raise DataError(
+            f"baseline '{unit.name}' {does} batches and the cells are of one; name another batch "
+            "column, or leave the baseline out"
         )
 
 

@@ -19,14 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from cellray.baselines._features import (
-    ComponentConfig,
-    Components,
-    components_of,
-    fit_genes,
-    fit_projection,
-    for_both,
-)
+from cellray.baselines._features import ComponentConfig, Components, components_of, fit_genes
 from cellray.baselines.base import BaselineUnit, CellCounts
 from cellray.core.errors import DataError
 
@@ -173,8 +166,6 @@ def _embed(
         assert query.batches is not None
         every = np.concatenate([every, query.batches])
     names, codes = np.unique(every, return_inverse=True)
-    if len(names) == 1:  # one batch: nothing to correct
-        return for_both(fit_projection(cells.counts, config).apply, cells, query)
     genes = fit_genes(cells.counts, config)
     first = genes.apply(cells.counts)
     second = None if query is None else genes.apply(query.counts)

@@ -23,6 +23,7 @@ I64 = npt.NDArray[np.int64]
 
 _CELLS_PER_CLUSTER = 30.0
 _MAX_CLUSTERS = 100.0
+_SEEDS = 1 << 31  # the package takes no larger one
 
 
 class HarmonyConfig(ComponentConfig):
@@ -40,7 +41,7 @@ class HarmonyConfig(ComponentConfig):
 
 def _correct(config: HarmonyConfig, components: F32, batches: I64, seed: int) -> F32:
     """(N + Q, P) components -> the same, batches mixed; the number of threads changes nothing."""
-    import harmonypy  # type: ignore[import-untyped, unused-ignore]
+    import harmonypy
 
     num = len(components)
     done = harmonypy.run_harmony(
@@ -51,7 +52,7 @@ def _correct(config: HarmonyConfig, components: F32, batches: I64, seed: int) ->
         max_iter_harmony=config.max_iterations,
         nclust=int(min(max(round(num / _CELLS_PER_CLUSTER), 1.0), _MAX_CLUSTERS)),
         verbose=False,
-        random_state=seed,
+        random_state=seed % _SEEDS,
         ncores=1,
     )
     return np.asarray(done.Z_corr, dtype=np.float32)
@@ -67,8 +68,6 @@ def _embed(
         assert query.batches is not None
         components = np.concatenate([first, second])
         batches = np.concatenate([batches, query.batches])
-    if (batches == batches[0]).all():
-        return first, second  # one batch: nothing to correct
     corrected = _correct(config, components, batches, seed)
     return corrected[: len(first)], None if second is None else corrected[len(first) :]
 
