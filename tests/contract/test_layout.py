@@ -46,6 +46,8 @@ HOMES = {
     },
     "mlflow": {"train/tracking.py", "infer/load.py", "infer/predict.py", "infer/registered.py"},
     "igraph": {"metrics/graphs.py"},
+    "harmonypy": {"baselines/harmony.py"},  # GPL-3.0: called, in an extra
+    "scvi": {"baselines/scvi.py"},
 }
 
 # Who may import whom, inside the package (beside itself and core).

@@ -9,7 +9,7 @@ Legend: N cells, G genes of the data, K chosen genes, P components.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,15 +19,20 @@ from pydantic import Field
 from scipy import linalg, sparse
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from cellray.baselines.base import BaselineConfig, check_genes
+from cellray.baselines.base import BaselineConfig, CellCounts, check_genes
 from cellray.data.variable import GeneMoments, choose_variable
 
 __all__ = [
+    "ComponentConfig",
     "Components",
     "FeatureConfig",
     "GeneFeatures",
+    "Projection",
+    "components_of",
     "fit_components",
     "fit_genes",
+    "fit_projection",
+    "for_both",
     "log_normalise",
     "one_thread",
 ]
@@ -51,6 +56,16 @@ class FeatureConfig(BaselineConfig):
     num_genes: int = Field(default=2000, ge=1)
     target_sum: float = Field(default=1e4, gt=0)
     min_cells: int = Field(default=3, ge=1)
+
+
+class ComponentConfig(FeatureConfig):
+    """Keys of every baseline that works on principal components.
+
+    Attributes:
+        num_components: principal components, fewer if there are fewer cells or genes.
+    """
+
+    num_components: int = Field(default=50, ge=1)
 
 
 @contextmanager
@@ -155,16 +170,58 @@ def fit_components(scaled: sparse.csr_matrix, num_components: int) -> Components
         scaled: (N, K) training cells from :meth:`GeneFeatures.apply`.
         num_components: components wanted; P is at most N - 1 and K.
     """
-    num, width = scaled.shape
-    wanted = max(1, min(num_components, num - 1, width))
+    num = scaled.shape[0]
     exact = scaled.astype(np.float64)
     mean = np.asarray(exact.mean(axis=0), dtype=np.float64).ravel()
-    covariance = (exact.T @ exact).toarray() - num * np.outer(mean, mean)
+    return components_of((exact.T @ exact).toarray(), mean, num, num_components)
+
+
+def components_of(products: F64, mean: F64, num_cells: int, num_components: int) -> Components:
+    """Principal components from the sums over cells that they depend on.
+
+    Args:
+        products: (K, K) X^T X, not centred.
+        mean: (K,) of X.
+        num_cells: N, rows of X.
+        num_components: components wanted; P is at most N - 1 and K.
+    """
+    width = len(mean)
+    wanted = max(1, min(num_components, num_cells - 1, width))
+    covariance = products - num_cells * np.outer(mean, mean)
     with one_thread():
         values, vectors = linalg.eigh(
-            covariance / max(num - 1, 1), subset_by_index=[width - wanted, width - 1]
+            covariance / max(num_cells - 1, 1), subset_by_index=[width - wanted, width - 1]
         )
     axes = vectors[:, ::-1]
     largest = np.take_along_axis(axes, np.abs(axes).argmax(axis=0)[None], axis=0)
     signs = np.where(largest < 0, -1.0, 1.0)
     return Components(mean, axes * signs, np.maximum(values[::-1], 0.0))
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Fitted: raw counts to principal components."""
+
+    genes: GeneFeatures
+    components: Components
+
+    def apply(self, counts: sparse.csr_matrix) -> F32:
+        """(N, G) raw counts -> (N, P) coordinates."""
+        return self.components.apply(self.genes.apply(counts))
+
+
+def fit_projection(counts: sparse.csr_matrix, config: ComponentConfig) -> Projection:
+    """Variable genes and their principal components of training cells ``counts`` (N, G).
+
+    Raises:
+        DataError: no gene varies.
+    """
+    genes = fit_genes(counts, config)
+    return Projection(genes, fit_components(genes.apply(counts), config.num_components))
+
+
+def for_both(
+    apply: Callable[[sparse.csr_matrix], F32], cells: CellCounts, query: CellCounts | None
+) -> tuple[F32, F32 | None]:
+    """What an inductive unit's ``embed`` returns: one function of each cell, applied to both."""
+    return apply(cells.counts), None if query is None else apply(query.counts)

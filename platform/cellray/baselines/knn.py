@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field
 from scipy import sparse
-from sklearn.neighbors import NearestNeighbors
 
-from cellray.baselines._features import (
-    Components,
-    FeatureConfig,
-    GeneFeatures,
-    fit_components,
-    fit_genes,
-)
-from cellray.baselines.base import BaselineUnit, check_training
+from cellray.baselines._features import ComponentConfig, Projection, fit_projection
+from cellray.baselines._vote import NUM_NEIGHBORS, neighbour_vote
+from cellray.baselines.base import BaselineUnit, Labelled, check_training
 
 __all__ = ["BASELINE", "KnnConfig"]
 
@@ -26,60 +19,50 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 
-class KnnConfig(FeatureConfig):
+class KnnConfig(ComponentConfig):
     """Keys of the neighbour vote.
 
     Attributes:
         num_neighbors: training cells that vote, each with one vote (all of them if there are
             fewer); a tie goes to the class of the nearest among the tied.
-        num_components: principal components.
     """
 
     name: str = "knn"
-    num_neighbors: int = Field(default=15, ge=1)
-    num_components: int = Field(default=50, ge=1)
+    num_neighbors: int = Field(default=NUM_NEIGHBORS, ge=1)
 
 
 @dataclass(frozen=True)
 class _Knn:
-    """Shapes: ``labels`` (N,) codes of the indexed training cells."""
+    """A vote among the training cells.
 
-    genes: GeneFeatures
-    components: Components
-    index: Any
+    Shapes:
+        reference: (N, P) their components.
+        labels: (N,) their codes.
+    """
+
+    projection: Projection
+    reference: F32
     labels: I64
+    num_neighbors: int
+
+    def answer(self, counts: sparse.csr_matrix) -> Labelled:
+        embedding = self.embed(counts)
+        if counts.shape[0] == 0:
+            return Labelled(np.zeros(0, dtype=np.int64), np.zeros(0), embedding)
+        codes, share = neighbour_vote(self.reference, self.labels, embedding, self.num_neighbors)
+        return Labelled(codes, share, embedding)
 
     def embed(self, counts: sparse.csr_matrix) -> F32:
-        return self.components.apply(self.genes.apply(counts))
+        return self.projection.apply(counts)
 
     def predict(self, counts: sparse.csr_matrix) -> I64:
-        if counts.shape[0] == 0:
-            return np.zeros(0, dtype=np.int64)
-        neighbours = self.index.kneighbors(self.embed(counts), return_distance=False)
-        return _vote(self.labels[neighbours])
-
-
-def _vote(labels: I64) -> I64:
-    """(N, k) neighbours' codes, nearest first -> (N,) winners."""
-    num, k = labels.shape
-    shape = (num, int(labels.max()) + 1)
-    where = (np.repeat(np.arange(num), k), labels.ravel())
-    votes = np.zeros(shape, dtype=np.int64)
-    np.add.at(votes, where, 1)
-    nearest = np.full(shape, k, dtype=np.int64)
-    np.minimum.at(nearest, where, np.tile(np.arange(k), num))
-    # one vote more outweighs any nearness, which therefore decides between ties only
-    return np.asarray((votes * (k + 1) - nearest).argmax(axis=1), dtype=np.int64)
+        return self.answer(counts).codes
 
 
 def _fit(config: KnnConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Knn:
     check_training(counts, labels)
-    genes = fit_genes(counts, config)
-    scaled = genes.apply(counts)
-    components = fit_components(scaled, config.num_components)
-    k = min(config.num_neighbors, counts.shape[0])
-    index = NearestNeighbors(n_neighbors=k).fit(components.apply(scaled))
-    return _Knn(genes, components, index, labels)
+    projection = fit_projection(counts, config)
+    return _Knn(projection, projection.apply(counts), labels, config.num_neighbors)
 
 
 BASELINE = BaselineUnit(

@@ -15,10 +15,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from cellray.baselines._features import FeatureConfig, GeneFeatures, fit_genes, one_thread
-from cellray.baselines.base import BaselineUnit, check_training
+from cellray.baselines.base import BaselineUnit, Labelled, check_training
 from cellray.metrics.classification import score_annotation
 
-__all__ = ["BASELINE", "LogisticConfig", "inner_folds"]
+__all__ = ["BASELINE", "LogisticConfig", "inner_folds", "trials_of"]
 
 I64 = npt.NDArray[np.int64]
 
@@ -46,11 +46,16 @@ class _Logistic:
     model: Any
     strength: float
 
-    def predict(self, counts: sparse.csr_matrix) -> I64:
+    def answer(self, counts: sparse.csr_matrix) -> Labelled:
         scaled = self.genes.apply(counts)
         if counts.shape[0] == 0:
-            return np.zeros(0, dtype=np.int64)
-        return np.asarray(self.model.predict(scaled), dtype=np.int64)
+            return Labelled(np.zeros(0, dtype=np.int64), np.zeros(0))
+        probability = np.asarray(self.model.predict_proba(scaled), dtype=np.float64)
+        codes = np.asarray(self.model.predict(scaled), dtype=np.int64)
+        return Labelled(codes, probability.max(axis=1))
+
+    def predict(self, counts: sparse.csr_matrix) -> I64:
+        return self.answer(counts).codes
 
     def embed(self, counts: sparse.csr_matrix) -> None:
         return None
@@ -63,8 +68,12 @@ class _OneClass:
     genes: GeneFeatures
     label: int
 
+    def answer(self, counts: sparse.csr_matrix) -> Labelled:
+        num = self.genes.apply(counts).shape[0]
+        return Labelled(np.full(num, self.label, dtype=np.int64), np.ones(num))
+
     def predict(self, counts: sparse.csr_matrix) -> I64:
-        return np.full(self.genes.apply(counts).shape[0], self.label, dtype=np.int64)
+        return self.answer(counts).codes
 
     def embed(self, counts: sparse.csr_matrix) -> None:
         return None
@@ -97,6 +106,11 @@ def _path(
         warnings.simplefilter("ignore", ConvergenceWarning)  # said once, by the final fit
         for strength in strengths:
             yield model.set_params(C=strength).fit(scaled, labels)
+
+
+def trials_of(config: LogisticConfig) -> int:
+    """Strengths that the inner folds compare; 1 if there is no choice to make."""
+    return 1 if config.folds < 2 else len(config.strengths)
 
 
 def _choose(config: LogisticConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> float:
@@ -153,4 +167,5 @@ BASELINE = BaselineUnit(
     fit=_fit,
     seed_scope="inner_folds",
     title="L2 logistic regression on 2,000 variable genes, C by inner cross-validation",
+    trials=trials_of,
 )

@@ -8,7 +8,13 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
-from cellray.baselines.base import BaselineConfig, BaselineUnit, check_genes, check_training
+from cellray.baselines.base import (
+    BaselineConfig,
+    BaselineUnit,
+    Labelled,
+    check_genes,
+    check_training,
+)
 
 __all__ = ["BASELINE", "MajorityConfig"]
 
@@ -23,12 +29,19 @@ class MajorityConfig(BaselineConfig):
 
 @dataclass(frozen=True)
 class _Majority:
+    """Attributes: ``share`` of the training cells that have the class ``label``."""
+
     num_genes: int
     label: int
+    share: float
+
+    def answer(self, counts: sparse.csr_matrix) -> Labelled:
+        check_genes(counts, self.num_genes)
+        num = counts.shape[0]
+        return Labelled(np.full(num, self.label, dtype=np.int64), np.full(num, self.share))
 
     def predict(self, counts: sparse.csr_matrix) -> I64:
-        check_genes(counts, self.num_genes)
-        return np.full(counts.shape[0], self.label, dtype=np.int64)
+        return self.answer(counts).codes
 
     def embed(self, counts: sparse.csr_matrix) -> None:
         return None
@@ -36,7 +49,9 @@ class _Majority:
 
 def _fit(config: MajorityConfig, counts: sparse.csr_matrix, labels: I64, seed: int) -> _Majority:
     check_training(counts, labels)
-    return _Majority(counts.shape[1], int(np.bincount(labels).argmax()))
+    frequencies = np.bincount(labels)
+    label = int(frequencies.argmax())
+    return _Majority(counts.shape[1], label, float(frequencies[label] / len(labels)))
 
 
 BASELINE = BaselineUnit(

@@ -6,7 +6,10 @@ distance might be among the k least. Their distances are then computed again fro
 ordered by (distance, index). So the answer is exact, ties included, whatever the block size, and
 cell i never counts as its own neighbour unless :meth:`Neighbours.with_self` puts it first.
 
-Legend: N cells, D dimensions, K neighbours, R rows of a block, Z candidates of a block.
+The neighbours are sought among the same cells, or of query cells among reference cells.
+
+Legend: N cells, Q query cells, D dimensions, K neighbours, R rows of a block, Z candidates of a
+block.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ __all__ = [
     "centred",
     "finite_matrix",
     "nearest_neighbours",
+    "nearest_references",
     "rounding",
     "row_blocks",
     "squared_distances",
@@ -115,13 +119,13 @@ def row_blocks(num_rows: int, bytes_per_row: int) -> Iterator[slice]:
         yield slice(start, min(start + step, num_rows))
 
 
-def _exact(points: F64, rows: I64, columns: I64) -> F64:
-    """Distances of Z pairs from their differences, a bounded number at a time."""
+def _exact(left: F64, right: F64, rows: I64, columns: I64) -> F64:
+    """Distances of Z pairs (left row, right column) from their differences, bounded at a time."""
     found = np.empty(len(rows), dtype=np.float64)
-    step = max(1, _CANDIDATE_BYTES // (8 * max(1, points.shape[1])))
+    step = max(1, _CANDIDATE_BYTES // (8 * max(1, left.shape[1])))
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        difference = points[rows[part]] - points[columns[part]]
+        difference = left[rows[part]] - right[columns[part]]
         found[part] = np.sqrt(np.einsum("ij,ij->i", difference, difference))
     return found
 
@@ -199,16 +203,20 @@ def _candidates(rough: F64, squares: F64, error: float, k: int) -> tuple[I64, I6
     return line[kept], flat[kept] - line[kept] * width
 
 
-def _nearest_of(embedding: F64, about: tuple[F64, F64], rows: slice, k: int) -> tuple[I64, F64]:
-    """(R, K) neighbours and distances of one block."""
-    rough = squared_distances(*about, rows)
-    own = np.arange(rows.start, rows.stop)
-    rough[np.arange(len(own)), own] = np.inf
-    error = rounding(embedding.shape[1])
-    line, column = _candidates(rough, about[1][rows], error, k)
-    distance = _exact(embedding, line + rows.start, column)
+def _least(rough: F64, asked: F64, points: F64, squares: F64, k: int) -> tuple[I64, F64]:
+    """(R, K) neighbours and exact distances of one block, by (distance, index).
+
+    Args:
+        rough: (R, N) rounded squared distances; infinite where a pair does not count.
+        asked: (R, D) the block's cells.
+        points: (N, D) the cells sought among.
+        squares: (R,) squared norms of the block's cells about the mean of ``points``.
+        k: K.
+    """
+    line, column = _candidates(rough, squares, rounding(points.shape[1]), k)
+    distance = _exact(asked, points, line, column)
     order = np.lexsort((column, distance, line))
-    counts = np.bincount(line, minlength=len(own))
+    counts = np.bincount(line, minlength=len(asked))
     starts = np.cumsum(counts) - counts
     picked = order[starts[:, None] + np.arange(k)[None, :]]
     return column[picked], distance[picked]
@@ -237,5 +245,52 @@ def nearest_neighbours(embedding: npt.ArrayLike, k: int) -> Neighbours:
     indices = np.empty((num_cells, k), dtype=np.int64)
     distances = np.empty((num_cells, k), dtype=np.float64)
     for rows in row_blocks(num_cells, 8 * num_cells):
-        indices[rows], distances[rows] = _nearest_of(points, about, rows, k)
+        rough = squared_distances(*about, rows)
+        own = np.arange(rows.start, rows.stop)
+        rough[np.arange(len(own)), own] = np.inf
+        indices[rows], distances[rows] = _least(rough, points[rows], points, about[1][rows], k)
+    return Neighbours(indices, distances)
+
+
+def nearest_references(reference: npt.ArrayLike, query: npt.ArrayLike, k: int) -> Neighbours:
+    """The k nearest reference cells of each query cell, exactly; a tie goes to the lower row.
+
+    The answer for a query cell does not depend on the other query cells. Time grows as Q N (D +
+    constant), memory as (Q + N) D + Q K plus 128 MiB.
+
+    Args:
+        reference: (N, D) finite numbers.
+        query: (Q, D) finite numbers; a query cell that equals a reference cell finds it at 0.
+        k: reference cells of a query cell, 1 to N.
+
+    Returns:
+        (Q, K) rows of the reference, and distances.
+
+    Raises:
+        DataError: an embedding is no finite array of cells by dimensions, the two differ in their
+            dimensions, or k is outside 1..N.
+    """
+    points = finite_matrix(reference, "reference embedding")
+    asked = finite_matrix(query, "query embedding")
+    if asked.shape[1] != points.shape[1]:
+        raise DataError(
+            f"the query embedding has {asked.shape[1]} dimensions, the reference has "
+            f"{points.shape[1]}; embed both with the same model"
+        )
+    if not 1 <= k <= len(points):
+        raise DataError(
+            f"k = {k} neighbours among {len(points)} reference cells; k must be 1 to {len(points)}"
+        )
+    mean = points.mean(axis=0)
+    about, around = points - mean, asked - mean
+    squares = np.einsum("ij,ij->i", about, about)
+    norms = np.einsum("ij,ij->i", around, around)
+    indices = np.empty((len(asked), k), dtype=np.int64)
+    distances = np.empty((len(asked), k), dtype=np.float64)
+    for rows in row_blocks(len(asked), 8 * len(points)):
+        rough = around[rows] @ about.T
+        rough *= -2.0
+        rough += squares[None, :]
+        rough += norms[rows, None]
+        indices[rows], distances[rows] = _least(rough, asked[rows], points, norms[rows], k)
     return Neighbours(indices, distances)

@@ -14,7 +14,8 @@ from scipy import sparse
 from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
-from cellray.baselines import knn, logistic
+from cellray.baselines import logistic
+from cellray.baselines._vote import count_votes
 from cellray.baselines.base import BaselineUnit, baseline
 from cellray.core import registry
 from cellray.core.errors import ConfigError, DataError
@@ -123,7 +124,7 @@ def test_knn_agrees_with_scikit_learn_on_the_same_genes() -> None:
     unit, config = unit_and_config("knn")
     config = config.model_copy(update={"num_neighbors": 7, "num_components": 6})  # type: ignore[attr-defined]
     predictor = unit.fit(config, counts[:150], labels[:150], 0)
-    genes = predictor.genes  # type: ignore[attr-defined]
+    genes = predictor.projection.genes  # type: ignore[attr-defined]
     scaled = genes.apply(counts).toarray().astype(np.float64)
     pca = PCA(6, svd_solver="full").fit(scaled[:150])
     other = KNeighborsClassifier(7).fit(pca.transform(scaled[:150]), labels[:150])
@@ -139,7 +140,7 @@ def test_knn_agrees_with_scikit_learn_on_the_same_genes() -> None:
     [([2, 0, 0], 0), ([2, 0, 1], 2), ([1, 2, 2, 1], 1), ([0, 2, 1, 1, 2], 2), ([3], 3)],
 )
 def test_votes_are_counted_and_ties_go_to_the_nearest(neighbours: list[int], winner: int) -> None:
-    assert knn._vote(np.array([neighbours], dtype=np.int64)).tolist() == [winner]
+    assert count_votes(np.array([neighbours], dtype=np.int64))[0].tolist() == [winner]
 
 
 def test_knn_takes_all_cells_if_there_are_fewer_than_its_neighbours() -> None:
