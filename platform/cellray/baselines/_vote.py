@@ -8,15 +8,37 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cellray.core.voting import vote
 from cellray.metrics.neighbours import nearest_references
 
-__all__ = ["NUM_NEIGHBORS", "neighbour_vote"]
+__all__ = ["NUM_NEIGHBORS", "count_votes", "neighbour_vote"]
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
 
 NUM_NEIGHBORS = 15
+
+
+def count_votes(labels: I64) -> tuple[I64, F64]:
+    """Winner of each row of neighbours' codes, nearest first, and its share of the votes.
+
+    A tie goes to the class of the nearest among the tied.
+
+    Args:
+        labels: (Q, K) codes, K >= 1.
+
+    Returns:
+        (Q,) codes and (Q,) shares in (0, 1].
+    """
+    num, k = labels.shape
+    shape = (num, int(labels.max(initial=0)) + 1)
+    where = (np.repeat(np.arange(num), k), labels.ravel())
+    votes = np.zeros(shape, dtype=np.int64)
+    np.add.at(votes, where, 1)
+    nearest = np.full(shape, k, dtype=np.int64)
+    np.minimum.at(nearest, where, np.tile(np.arange(k), num))
+    # one vote more outweighs any nearness, which therefore decides between ties only
+    winners = (votes * (k + 1) - nearest).argmax(axis=1).astype(np.int64)
+    return winners, votes[np.arange(num), winners] / k
 
 
 def neighbour_vote(
@@ -37,4 +59,4 @@ def neighbour_vote(
         DataError: the embeddings are not finite or differ in their dimensions.
     """
     found = nearest_references(reference, query, min(k, len(labels)))
-    return vote(labels[found.indices])
+    return count_votes(labels[found.indices])

@@ -73,7 +73,7 @@ class Published(Section):
         layers: layers that may hold the counts, in order; ``X`` and ``raw.X`` are tried last.
         organism: whose genes.
         task: the task the set is used for.
-        split_id: name of the split in tables; "" for sets that are not split.
+        split_id: name of the split, under which tables show reported values.
         test_fraction: share of the cells of each class that is the test set, for a set whose files
             do not say.
         note: what a user must know.
@@ -90,9 +90,14 @@ class Published(Section):
     layers: list[str] = []
     organism: Literal["human", "mouse"]
     task: str = "annotation"
-    split_id: str = ""
+    split_id: str
     test_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
     note: str = ""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there are training and test cells."""
+        return self.test_fraction > 0 or any(file.part for file in self.files)
 
 
 @cache
@@ -227,8 +232,8 @@ def listing(folder: Path | None) -> list[str]:
     lines = [f"published files are looked for in {where}"]
     for name, entry in known().items():
         sizes = " + ".join(f"{file.cells:,}" for file in entry.files)
-        lines += ["", f"{name}: {entry.title}", f"  {sizes} cells, task {entry.task}"]
-        lines[-1] += f", split {entry.split_id}" if entry.split_id else ""
+        what = f"  {sizes} cells, task {entry.task}, split {entry.split_id}"
+        lines += ["", f"{name}: {entry.title}", what]
         for file in entry.files:
             places = [] if folder is None else _places(name, file, folder)
             there = next((place for place in places if place.is_file()), None)

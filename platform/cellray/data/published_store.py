@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import numpy as np
@@ -18,13 +19,14 @@ import pandas as pd
 from scipy import io, sparse
 
 from cellray.core.errors import DataError
+from cellray.core.section import to_toml
 from cellray.data.h5ad import H5adFile
 from cellray.data.ingest import IngestConfig, IngestReport, ingest
 from cellray.data.published import Published, PublishedFile, check_hash, locate, published
 from cellray.data.published_counts import COUNTS, Recovered, recover_counts
 from cellray.data.split import hash_unit
 
-__all__ = ["PublishedStore", "make_store", "task_table"]
+__all__ = ["PublishedStore", "make_store"]
 
 Say = Callable[[str], None]
 _BLOCK_CELLS = 4096
@@ -40,6 +42,8 @@ class PublishedStore:
         name: the set.
         report: of the ingest.
         task: the ``[task]`` table to use it with.
+        dataset: the same as a data set of a benchmark, with the names of set and split under
+            which tables show reported values.
         sha256: file -> hash.
         left_out: batch -> cells left out because their values are no counts.
     """
@@ -47,6 +51,7 @@ class PublishedStore:
     name: str
     report: IngestReport
     task: str
+    dataset: str
     sha256: Mapping[str, str]
     left_out: Mapping[str, int]
 
@@ -55,7 +60,7 @@ class PublishedStore:
         lost = ", ".join(f"{batch} ({n} cells)" for batch, n in self.left_out.items())
         told = [*self.report.lines()]
         told += [f"left out, no counts are known: {lost}"] if lost else []
-        return [*told, "", "use it with:", self.task]
+        return [*told, "", "use it with:", self.task, "", "or in a benchmark:", self.dataset]
 
 
 @dataclass
@@ -224,18 +229,14 @@ def _leave_out(
     return np.asarray(~batches.isin(bad.index))
 
 
-def task_table(entry: Published, obs_columns: Sequence[str]) -> str:
-    """The ``[task]`` table that fits a store of the set."""
-    lines = ["[task]", f'name = "{entry.task}"', 'label = "cell_type"']
-    lines += ['batch = "batch"'] if "batch" in obs_columns else []
-    if entry.split_id:
-        lines += [
-            "",
-            f"[task.split]  # split_id {entry.split_id}",
-            'column = "split"',
-            'test_values = ["test"]',
-        ]
-    return "\n".join(lines)
+def _task_of(entry: Published, obs_columns: Sequence[str]) -> dict[str, Any]:
+    """The task that fits a store of the set."""
+    table: dict[str, Any] = {"name": entry.task, "label": "cell_type"}
+    if "batch" in obs_columns:
+        table["batch"] = "batch"
+    if entry.is_split:
+        table["split"] = {"column": "split", "test_values": ["test"]}
+    return table
 
 
 def make_store(
@@ -303,4 +304,13 @@ def make_store(
             ),
             progress=progress,
         )
-    return PublishedStore(name, report, task_table(entry, columns), hashes, left_out)
+    task = _task_of(entry, columns)
+    whole = {"split_id": entry.split_id, "data": {"uri": store}, "task": task}
+    return PublishedStore(
+        name,
+        report,
+        task=to_toml({"task": task}).strip(),
+        dataset=to_toml({"datasets": {name: whole}}).strip(),
+        sha256=hashes,
+        left_out=left_out,
+    )

@@ -293,9 +293,9 @@ def _leaks(reference: Reference, query: pd.DataFrame, columns: list[str]) -> lis
 
 
 def _scores(
-    adata: ad.AnnData, answer: pd.DataFrame, run: MapRun, classes: tuple[str, ...]
+    adata: ad.AnnData, answer: pd.DataFrame, label: str, classes: tuple[str, ...]
 ) -> dict[str, float]:
-    label = _query_label(run)
+    """Annotation metrics over the queries whose label is known; empty if none is."""
     if label not in adata.obs:
         return {}
     known = adata.obs[label].notna().to_numpy()
@@ -344,7 +344,7 @@ def map_cells(run: MapRun, say: Say) -> MapResult:
     same = int((answer["distance"] == 0).sum())
     if same:
         say(f"warning: {same} query cells lie exactly on a reference cell: are they in it?")
-    scores = _scores(adata, answer, run, reference.classes)
+    scores = _scores(adata, answer, _query_label(run), reference.classes)
     labels = answer["label"].where(answer["confidence"] >= run.unknown_below, UNASSIGNED)
     adata.obs["cellray_label"] = pd.Categorical(labels)
     adata.obs["cellray_confidence"] = answer["confidence"].to_numpy()

@@ -4,7 +4,7 @@ Layout of a reference folder
     reference.json   format, model and its fingerprints, cells, label column, index; written last
     embedding.npy    (N, D) float32, memory-mapped when it is read
     obs.parquet      the label and the obs columns that were kept, one row a cell
-    index/           a search index, where there is one to keep
+    index/           how it is searched, and the checksum of the embedding
 
 Legend: N cells of the reference, Q query cells, D width of the embedding, K neighbours.
 """
@@ -27,16 +27,15 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
+from cellray.baselines._vote import count_votes
 from cellray.core.errors import CheckpointError, DataError, did_you_mean
-from cellray.core.voting import vote
 from cellray.infer.load import UNASSIGNED, LoadedModel, load
-from cellray.infer.neighbour_index import NeighbourIndex
+from cellray.infer.neighbour_index import EXACT_BELOW, NeighbourIndex
 
 __all__ = ["EXACT_BELOW", "NEIGHBOURS", "Origin", "Reference", "partial_of"]
 
 FORMAT = "cellray.reference.v1"
 NEIGHBOURS = 10  # scGPT's reference mapping (doi:10.1038/s41592-024-02201-0)
-EXACT_BELOW = 50_000
 EMBEDDING = "embedding.npy"
 _ROWS_AT_ONCE = 65_536
 _FACTS, _OBS, _INDEX = "reference.json", "obs.parquet", "index"
@@ -244,7 +243,7 @@ class Reference:
         obs.index = obs.index.astype(str)
         obs.to_parquet(partial / _OBS)
         shutil.rmtree(partial / _INDEX, ignore_errors=True)
-        self.index.save(partial / _INDEX)
+        self.index.save(partial / _INDEX, with_embedding=False)
         facts = {
             "format": FORMAT,
             "origin": asdict(self.origin),
@@ -370,7 +369,7 @@ class Reference:
             return _answer(np.empty(0, dtype=object), np.empty(0), np.empty(0))
         distances, rows = self.index.search(vectors, min(k, len(self.embedding)))
         classes, codes = np.unique(self.labels.astype(str), return_inverse=True)
-        winners, shares = vote(codes[rows])
+        winners, shares = _vote(codes.astype(np.int64)[rows])
         labels = classes.astype(object)[winners]
         labels[shares < unknown_below] = UNASSIGNED
         return _answer(labels, shares, distances[:, 0])
@@ -388,6 +387,14 @@ def _refuse_not_finite(vectors: F32, whose: str) -> None:
     bad = sum(int((~np.isfinite(vectors[i : i + _ROWS_AT_ONCE])).any(1).sum()) for i in steps)
     if bad:
         raise DataError(f"the embeddings of {bad} of {len(vectors)} {whose} are not finite")
+
+
+def _vote(codes: I64) -> tuple[I64, F64]:
+    """Winners and shares of (Q, K) neighbours' codes, some queries at a time."""
+    steps = range(0, len(codes), _ROWS_AT_ONCE)
+    parts = [count_votes(codes[i : i + _ROWS_AT_ONCE]) for i in steps]
+    winners, shares = zip(*parts, strict=True)
+    return np.concatenate(winners), np.concatenate(shares)
 
 
 def _answer(labels: npt.NDArray[np.object_], confidence: F64, distance: F64) -> pd.DataFrame:

@@ -35,7 +35,10 @@ _EXCLUDES = (
     "/shared/", "/store/", "/build/", "/dist/", "*.h5ad", "mlflow.db",
 )  # fmt: skip
 _PRUNED = frozenset({".git", ".venv", "venv", "__pycache__"})
-_PATH_KEYS = ("checkpoint.dir", "data.uri", "data.cache")
+_PATH_KEYS = (
+    "checkpoint.dir", "data.uri", "data.cache", "reference.folder", "reference.data.uri",
+    "query.data.uri", "query.h5ad",
+)  # fmt: skip
 _PATIENCE_S = 120.0  # how long a cluster may not answer while a log is followed
 
 Say = Callable[[str], None]

@@ -15,11 +15,11 @@ from sklearn.decomposition import PCA
 from sklearn.neighbors import KNeighborsClassifier
 
 from cellray.baselines import logistic
+from cellray.baselines._vote import count_votes
 from cellray.baselines.base import BaselineUnit, baseline
 from cellray.core import registry
 from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import build_section
-from cellray.core.voting import vote
 from cellray.metrics.classification import score_annotation
 
 NAMES = ["knn", "logistic", "majority"]
@@ -142,7 +142,7 @@ def test_knn_agrees_with_scikit_learn_on_the_same_genes() -> None:
     [([2, 0, 0], 0), ([2, 0, 1], 2), ([1, 2, 2, 1], 1), ([0, 2, 1, 1, 2], 2), ([3], 3)],
 )
 def test_votes_are_counted_and_ties_go_to_the_nearest(neighbours: list[int], winner: int) -> None:
-    assert vote(np.array([neighbours], dtype=np.int64))[0].tolist() == [winner]
+    assert count_votes(np.array([neighbours], dtype=np.int64))[0].tolist() == [winner]
 
 
 def test_knn_takes_all_cells_if_there_are_fewer_than_its_neighbours() -> None:

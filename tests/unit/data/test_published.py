@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tomllib
 
 import anndata as ad
 import numpy as np
@@ -99,33 +100,37 @@ def ms(tmp_path, monkeypatch):
         obs = {MS_LABEL: kinds(len(counts)), "Factor Value[sampling site]": site}
         values = sparse.csc_matrix(log_normalised(counts))
         write(adata_of(values, obs, var=var), tmp_path / "files" / "ms" / f"{name}.h5ad")
-    sizes(monkeypatch, "ms", (12, 10, 2), (8, 10, 2))
+    sizes(monkeypatch, "multiple_sclerosis", (12, 10, 2), (8, 10, 2))
     return tmp_path / "files", train, test
 
 
 def test_ms_comes_back_as_counts_with_its_split(ms, tmp_path):
     folder, train, test = ms
     said = []
-    made = make_store("ms", folder, str(tmp_path / "store"), progress=said.append)
+    made = make_store("multiple_sclerosis", folder, str(tmp_path / "store"), progress=said.append)
     obs, counts = read_back(tmp_path / "store")
     assert obs["split"].tolist() == ["train"] * 12 + ["test"] * 8
     assert obs["cell_type"].tolist() == kinds(12) + kinds(8)
     assert set(obs["batch"]) == {"premotor", "pre"}
-    assert obs["dataset_id"].unique().tolist() == ["ms/train", "ms/test"]
+    assert obs["dataset_id"].unique().tolist() == [
+        "multiple_sclerosis/train",
+        "multiple_sclerosis/test",
+    ]
     np.testing.assert_array_equal(counts, np.concatenate([train, test]))
     assert 'column = "split"' in made.task
     assert 'test_values = ["test"]' in made.task
-    assert "scgpt_v1" in made.task
+    told = tomllib.loads(made.dataset)["datasets"]["multiple_sclerosis"]
+    assert told["split_id"] == "scgpt_v1"
+    assert told["data"] == {"uri": str(tmp_path / "store")}
+    assert {"task": told["task"]} == tomllib.loads(made.task)
     assert any("log1p (base e) of 12 cells; undone exactly" in line for line in said)
 
 
 def test_the_benchmark_takes_the_task_table_as_it_is(ms, tmp_path):
-    import tomllib
-
     from cellray.runs import build_run
     from cellray.tasks.base import task
 
-    made = make_store("ms", ms[0], str(tmp_path / "store"))
+    made = make_store("multiple_sclerosis", ms[0], str(tmp_path / "store"))
     raw = tomllib.loads(made.task)
     run = build_run("benchmark", {"name": "b", "data": {"uri": str(tmp_path / "store")}, **raw})
     unit = task("annotation")
@@ -259,8 +264,8 @@ def test_scib_sets_hold_counts_in_a_layer_and_some_batches_hold_none(tmp_path, m
 @pytest.mark.parametrize(
     ("name", "file", "label"),
     [
-        ("pbmc10k", "pbmc10k.h5ad", "str_labels"),
-        ("perirhinal", "perirhinal_cortex.h5ad", "cell_type"),
+        ("pbmc_10k", "pbmc10k.h5ad", "str_labels"),
+        ("perirhinal_cortex", "perirhinal_cortex.h5ad", "cell_type"),
     ],
 )
 def test_raw_sets_of_scgpts_integration(tmp_path, monkeypatch, name, file, label):
@@ -280,9 +285,9 @@ def test_raw_counts_in_raw_are_found(tmp_path, monkeypatch):
     made.raw = made.copy()
     made.X = np.sqrt(made.X)
     write(made, tmp_path / "files" / "pbmc10k.h5ad")
-    sizes(monkeypatch, "pbmc10k", (15, 10, 2))
+    sizes(monkeypatch, "pbmc_10k", (15, 10, 2))
     said = []
-    make_store("pbmc10k", tmp_path / "files", str(tmp_path / "store"), progress=said.append)
+    make_store("pbmc_10k", tmp_path / "files", str(tmp_path / "store"), progress=said.append)
     np.testing.assert_array_equal(read_back(tmp_path / "store")[1], counts)
     assert any("layer raw.X: counts of 15 cells" in line for line in said)
 
@@ -293,36 +298,36 @@ def test_files_that_are_not_the_published_ones_are_refused(tmp_path, monkeypatch
     store = str(tmp_path / "store")
     write(adata_of(counts, {"str_labels": kinds(15), "batch": "x"}), file)
     with pytest.raises(DataError, match="holds 15 cells, the published file 11990: it is another"):
-        make_store("pbmc10k", tmp_path / "files", store)
-    sizes(monkeypatch, "pbmc10k", (15, 11, 2))
+        make_store("pbmc_10k", tmp_path / "files", store)
+    sizes(monkeypatch, "pbmc_10k", (15, 11, 2))
     with pytest.raises(DataError, match="holds 10 genes, the published file 11"):
-        make_store("pbmc10k", tmp_path / "files", store)
-    sizes(monkeypatch, "pbmc10k", (15, 10, 3))
+        make_store("pbmc_10k", tmp_path / "files", store)
+    sizes(monkeypatch, "pbmc_10k", (15, 10, 3))
     with pytest.raises(DataError, match="holds 2 classes, the published file 3"):
-        make_store("pbmc10k", tmp_path / "files", store)
-    sizes(monkeypatch, "pbmc10k", (15, 10, 2))
+        make_store("pbmc_10k", tmp_path / "files", store)
+    sizes(monkeypatch, "pbmc_10k", (15, 10, 2))
     write(adata_of(counts, {"labels": kinds(15), "batch": "x"}), file)
     with pytest.raises(DataError, match="no obs column 'str_labels' with the cell types; it has: "):
-        make_store("pbmc10k", tmp_path / "files", store)
+        make_store("pbmc_10k", tmp_path / "files", store)
     write(adata_of(counts, {"str_labels": kinds(15)}), file)
     with pytest.raises(DataError, match="no obs column 'batch' with the batches; it has: str_la"):
-        make_store("pbmc10k", tmp_path / "files", store)
+        make_store("pbmc_10k", tmp_path / "files", store)
     values = counts * np.linspace(0.31, 2.7, 10)
     write(adata_of(values, {"str_labels": kinds(15), "batch": "x"}), file)
     with pytest.raises(DataError, match="15 of 15 cells .* get the raw counts from the authors"):
-        make_store("pbmc10k", tmp_path / "files", store, leave_out=True)
+        make_store("pbmc_10k", tmp_path / "files", store, leave_out=True)
     made = adata_of(counts, {"str_labels": kinds(15), "batch": "x"}, layers={"c": counts})
     made.X = None
     write(made, file)
     with pytest.raises(DataError, match="none of the layers X, raw.X; it has: c"):
-        make_store("pbmc10k", tmp_path / "files", store)
+        make_store("pbmc_10k", tmp_path / "files", store)
 
 
 def test_hashes_are_told_pinned_and_compared(ms, tmp_path):
     folder = ms[0]
     path = folder / "ms" / "c_data.h5ad"
     sha = hashlib.sha256(path.read_bytes()).hexdigest()
-    file = published("ms").files[0]
+    file = published("multiple_sclerosis").files[0]
     told = check_hash(file, path, {}).lines
     assert told[1:] == ("[published.sha256]", f'"ms/c_data.h5ad" = "{sha}"')
     assert "no published hash is known; to pin what you have" in told[0]
@@ -331,7 +336,7 @@ def test_hashes_are_told_pinned_and_compared(ms, tmp_path):
     assert check_hash(file, path, pins).sha256 == sha
     wrong = {"ms/c_data.h5ad": "0" * 64}
     with pytest.raises(DataError, match=f"its SHA-256 is {sha}, pinned is {'0' * 64}"):
-        make_store("ms", folder, str(tmp_path / "store"), pins=wrong)
+        make_store("multiple_sclerosis", folder, str(tmp_path / "store"), pins=wrong)
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
     stated = build_section(type(file), {**to_dict(file), "md5": md5})
     assert f"MD5 {md5[:12]} is the published one" in check_hash(stated, path, {}).lines[0]
@@ -362,8 +367,8 @@ def test_what_is_not_there_is_said_and_is_no_error_in_the_list(ms, tmp_path, mon
     assert "$CELLRAY_DATA is not set" in listing(None)[0]
     with pytest.raises(DataError, match="'myeloid' is not present: no file at .*mye/reference_ad"):
         locate("myeloid", folder)
-    with pytest.raises(ConfigError, match="no published set 'mss'. Did you mean 'ms'"):
-        published("mss")
+    with pytest.raises(ConfigError, match="no published set 'myelod'. Did you mean 'myeloid'"):
+        published("myelod")
     monkeypatch.setenv("CELLRAY_DATA", str(tmp_path))
     assert default_folder() == tmp_path / "published"
     monkeypatch.delenv("CELLRAY_DATA")
@@ -372,14 +377,14 @@ def test_what_is_not_there_is_said_and_is_no_error_in_the_list(ms, tmp_path, mon
 
 def test_the_table_says_what_the_literature_says():
     sizes_of = {name: [f.cells for f in entry.files] for name, entry in known().items()}
-    assert sizes_of["ms"] == [7844, 13468]
+    assert sizes_of["multiple_sclerosis"] == [7844, 13468]
     assert sizes_of["myeloid"] == [9748, 3430]
     assert sizes_of["hpancreas"] == [10600, 4218]
     assert [f.classes for f in known()["hpancreas"].files] == [13, 11]
     for name, entry in known().items():
         parts = [file.part for file in entry.files]
         assert (parts == ["train", "test"]) or (len(parts) == 1 and parts == [""]), name
-        assert bool(entry.split_id) == (parts == ["train", "test"] or entry.test_fraction > 0)
+        assert entry.is_split == (parts == ["train", "test"] or entry.test_fraction > 0)
         assert entry.doi.startswith("10.")
 
 
@@ -388,12 +393,12 @@ def test_the_command_lists_and_loads(ms, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("CELLRAY_DATA", raising=False)
     assert main(["published"]) == 0
     assert "not present: ms/c_data.h5ad" in capsys.readouterr().out
-    assert main(["published", "ms", "--folder", str(folder)]) == 1
-    assert "cellray published ms needs --store" in capsys.readouterr().err
-    assert main(["published", "ms", "--store", "x"]) == 1
+    assert main(["published", "multiple_sclerosis", "--folder", str(folder)]) == 1
+    assert "cellray published multiple_sclerosis needs --store" in capsys.readouterr().err
+    assert main(["published", "multiple_sclerosis", "--store", "x"]) == 1
     assert "needs --folder (or set CELLRAY_DATA)" in capsys.readouterr().err
     words = ["--folder", str(folder), "--store", str(tmp_path / "store")]
-    assert main(["published", "ms", *words]) == 0
+    assert main(["published", "multiple_sclerosis", *words]) == 0
     out = capsys.readouterr().out
     assert "20 cells x 10 genes" in out
     assert "use it with:\n[task]" in out

@@ -164,6 +164,11 @@ def test_missing_and_damaged_references_say_so(tmp_path):
         with pytest.raises(DataError, match=message):
             Reference.load(tmp_path / "ref")
     (tmp_path / "ref" / "reference.json").write_text(json.dumps(facts))
+    changed = VECTORS.copy()
+    changed[0, 0] += 1
+    np.save(tmp_path / "ref" / "embedding.npy", changed)
+    with pytest.raises(DataError, match="was made of other cells"):
+        Reference.load(tmp_path / "ref").map(QUERIES)
     (tmp_path / "ref" / "embedding.npy").write_bytes(b"not numpy")
     with pytest.raises(DataError, match="the reference .* is damaged"):
         Reference.load(tmp_path / "ref")

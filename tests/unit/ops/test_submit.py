@@ -127,6 +127,9 @@ def test_relative_folders_are_warned_of() -> None:
         "warning: data.uri = 'store'",
     ]
     assert s._local_paths({"checkpoint.dir": "/mnt/runs", "data.uri": "s3://x"}) == []
+    flat = {"reference.folder": "ref", "query.data.uri": "/mnt/q", "query.h5ad": "new.h5ad"}
+    told = s._local_paths(flat)
+    assert [line.split()[1] for line in told] == ["reference.folder", "query.h5ad"]
 
 
 # What is sent.
