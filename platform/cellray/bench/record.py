@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from cellray.bench.children import rows_of_children
+from cellray.bench.children import ERROR_TAG, ROW_TAG, row_tag, rows_of_children
 from cellray.bench.entries import Entry
 from cellray.bench.rows import ResultRow, Status, failed_rows, row_from, rows_of
 from cellray.bench.setting import Part, Setting
@@ -203,7 +203,7 @@ def record_failure(
     if child is not None:
         rows = [replace(row, run_id=child.run_id) for row in rows]
         _log(child, rows[0], {}, {})
-        child.tag("cellray.error", error[:2000])
+        child.tag(ERROR_TAG, error[:2000])
         child.end("FAILED")
     text = json.dumps([asdict(row) for row in rows])
     file = kept_file(setting, entry, part.seed).with_suffix(".failed")
@@ -230,7 +230,7 @@ def _log(
 ) -> None:
     child.params(flatten(params))
     child.tag("cellray.method", template.method)
-    child.tag("cellray.row", json.dumps(asdict(template)))
+    child.tag(ROW_TAG, row_tag(template))
     if scores:
         child.metrics(scores)
 

@@ -22,8 +22,10 @@ from cellray.bench.table import ResultRow
 from cellray.core.section import to_dict
 from cellray.data.dataset_name import SYNTHETIC, is_synthetic
 from cellray.data.stats import coverage
+from cellray.data.tokens import TokenSource
 from cellray.guards.entry import GuardReport, check_table_data, guard_split
 from cellray.guards.training import did_it_train
+from cellray.infer.embed import token_source
 from cellray.infer.load import LoadedModel
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, asked_cells, task
 from cellray.train.prepare import Cells, select_cells
@@ -164,6 +166,15 @@ class Setting:
         donors = to_dict(self.config).get("donor_columns") or []
         candidates = [*donors, self.batch_column]
         return next((c for c in candidates if c and c in self.cells.obs), "")
+
+    def tokens_of(self, model: LoadedModel) -> TokenSource:
+        """What turns this set's cells into a model's tokens.
+
+        Raises:
+            DataError: the model knows under 60 % of the counts, and ``data.allow_gene_loss`` does
+                not let it pass.
+        """
+        return token_source(model, self.cells, allow_gene_loss=self.section.data.allow_gene_loss)[0]
 
     @property
     def num_neighbours(self) -> int:

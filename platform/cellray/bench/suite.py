@@ -225,7 +225,7 @@ class _Queue:
     def __init__(
         self, run: BenchmarkRun, parents: Mapping[str, Parent | None], say: Say, at_a_time: int
     ) -> None:
-        raw = {k: v for k, v in to_dict(run).items() if v is not None}
+        raw: Mapping[str, Any] = {k: v for k, v in to_dict(run).items() if v is not None}
         self._raw = ray.put(raw)
         self._at_a_time, self._parents, self._say = at_a_time, parents, say
         self._task = ray.remote(_work)

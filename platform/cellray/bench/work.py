@@ -199,7 +199,7 @@ def _head(setting: Setting, entry: Entry) -> str:
 def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     started = time.perf_counter()
     model = _body(setting, entry, part.seed)
-    source, _ = token_source(model, setting.cells)
+    source = setting.tokens_of(model)
     labels_asked = setting.unit.answers == "labels"
     joinids = part.asked
     read = np.union1d(part.split.train, joinids) if labels_asked else joinids
@@ -288,7 +288,7 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         labels, confidence = predict_cells(model, prepared, part.split.test)
         answer = Answer(part.split.test, labels, confidence.astype(np.float64))
     else:
-        source, _ = token_source(model, prepared.cells)
+        source, _ = token_source(model, prepared.cells, allow_gene_loss=run.data.allow_gene_loss)
         answer = Answer(part.asked, embedding=embed_cells(model, source, part.asked))
     seconds = time.perf_counter() - started
     gpus = run.scale.workers * run.scale.gpus_per_worker

@@ -25,6 +25,7 @@ from cellray.infer.embed import embed_cells, token_source
 from cellray.infer.load import UNASSIGNED, LoadedModel, load
 from cellray.infer.reference import EMBEDDING, Origin, Reference, partial_of
 from cellray.metrics.classification import score_annotation
+from cellray.metrics.refusal import score_refusal
 from cellray.train.prepare import Cells, select_cells
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def embed_once(
     cells_sha256: str,
     cells_micro: int,
     say: Say,
+    allow_gene_loss: bool = False,
 ) -> F32:
     """Embed cells into the file of a reference to be, going on where an earlier attempt stopped.
 
@@ -123,12 +125,13 @@ def embed_once(
         cells_sha256: fingerprint of the cells: an attempt with other cells starts anew.
         cells_micro: cells of a forward pass.
         say: is told cells/s and the time left.
+        allow_gene_loss: warn of genes that the model does not know instead of refusing the cells.
 
     Returns:
         (N, D) float32, memory-mapped.
     """
     partial = partial_of(folder)
-    source, warnings = token_source(model, cells)
+    source, warnings = token_source(model, cells, allow_gene_loss=allow_gene_loss)
     for warning in warnings:
         say(f"warning: reference: {warning}")
     shape = (len(cells.joinids), model.backbone.width)
@@ -205,6 +208,7 @@ def open_reference(run: MapRun, model: LoadedModel, say: Say) -> tuple[Reference
         cells_sha256=fingerprint,
         cells_micro=run.cells_micro,
         say=say,
+        allow_gene_loss=bool(section.data and section.data.allow_gene_loss),
     )
     made = Reference.build(
         embedding,
@@ -253,7 +257,8 @@ def _query(run: MapRun, model: LoadedModel, say: Say) -> tuple[ad.AnnData, F32]:
         say(f"{adata.n_obs} query cells of {run.query.h5ad}")
         return adata, model.embed(adata, layer=run.query.layer or None)
     cells = _query_cells(run, model)
-    source, warnings = token_source(model, cells)
+    data = run.query.data
+    source, warnings = token_source(model, cells, allow_gene_loss=data.allow_gene_loss)
     for warning in warnings:
         say(f"warning: queries: {warning}")
     vectors = embed_cells(model, source, cells.joinids, cells_micro=run.cells_micro, say=say)
@@ -302,7 +307,10 @@ def _scores(
     if not known.any():
         return {}
     truth = adata.obs[label].astype(str).to_numpy()[known]
-    return score_annotation(truth, answer["label"].to_numpy()[known], train_classes=classes)
+    predicted = answer["label"].to_numpy()[known]
+    confidence = answer["confidence"].to_numpy(np.float64)[known]
+    scores = score_annotation(truth, predicted, train_classes=classes)
+    return scores | score_refusal(truth, predicted, confidence, train_classes=classes)
 
 
 def _picture(
@@ -391,7 +399,7 @@ def check_map(run: MapRun) -> list[str]:
         told = f"{len(reference.labels)} cells, used again"
     elif section.data is not None:
         cells, without = _reference_cells(section, model)
-        token_source(model, cells)
+        token_source(model, cells, allow_gene_loss=section.data.allow_gene_loss)
         told = f"{len(cells.joinids)} cells to embed, {without} without '{section.label}' left out"
     else:
         raise ConfigError(
@@ -405,7 +413,7 @@ def check_map(run: MapRun) -> list[str]:
         with H5adFile(run.query.h5ad) as file:
             return [*lines, f"queries: {file.num_cells} cells of {run.query.h5ad}"]
     queries = _query_cells(run, model)
-    _, warnings = token_source(model, queries)
+    _, warnings = token_source(model, queries, allow_gene_loss=run.query.data.allow_gene_loss)
     where = queries.store.uri
     lines.append(f"queries: {len(queries.joinids)} cells of {where}")
     return lines + [f"warning: {w}" for w in warnings]
