@@ -184,11 +184,7 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     split = unit.split(cells.keyed(), run.task, seed=run.seed)
     split = guard_split(cells, split, run.task, covariates=section.covariates).split  # type: ignore[arg-type]
     targets = unit.fit(cells.obs, run.task, split)
-    if run.register_as and not targets.classes:
-        raise ConfigError(
-            f"register_as = '{run.register_as}': what is registered annotates cells, and task "
-            f"'{unit.name}' trains no classifier; leave the key out"
-        )
+    _check_register(run, unit, targets)
     first = Start(*_start(run, cells, split.train))
     section = _conditioned(section, targets)
     start = lay_over(
@@ -252,6 +248,14 @@ def prepare_finetune(run: FinetuneRun) -> Finetuning:
     )
     check_job(job)
     return Finetuning(job, unit, cells, split, targets, run.task, start.said)  # type: ignore[arg-type]
+
+
+def _check_register(run: FinetuneRun, unit: Task, targets: Targets) -> None:
+    if run.register_as and not targets.classes:
+        raise ConfigError(
+            f"register_as = '{run.register_as}': what is registered annotates cells, and task "
+            f"'{unit.name}' trains no classifier; leave the key out"
+        )
 
 
 def _genes_chosen(run: FinetuneRun, source: Manifest) -> bool:

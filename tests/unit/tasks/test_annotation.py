@@ -41,7 +41,7 @@ def test_the_unit_is_found_and_complete() -> None:
     assert task("annotation") is TASK
     assert TASK.needs == (EmbedsCells,)
     assert TASK.headline == "macro_f1.union.v1"
-    assert TASK.compulsory == ("majority", "logistic", "knn")
+    assert TASK.compulsory == ("majority", "logistic", "knn", "hvg", "harmony")
     with pytest.raises(ConfigError, match="no 'anotation' in tasks. Did you mean 'annotation'"):
         task("anotation")
 
