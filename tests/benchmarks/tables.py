@@ -26,26 +26,26 @@ SEEDS = [0, 1, 2, 3, 4]
 SIZES: dict[str, dict[str, Any]] = {
     "scgpt": {
         "data": {"vocab": "store"},
-        "tokenizer": {"max_tokens": 256},
+        "tokenizer": {"max_tokens": 128},
         "model": {"width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 64},
         "optim": {"lr": 2e-3},
     },
     "geneformer": {
         "data": {"vocab": "store"},
-        "tokenizer": {"max_tokens": 256},
+        "tokenizer": {"max_tokens": 128},
         "model": {"width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 128},
         "optim": {"lr": 3e-3},
     },
     "scbert": {
-        "data": {"vocab_genes": 1500},
+        "data": {"vocab_genes": 1000},
         "model": {
             "width": 64, "num_layers": 2, "num_heads": 4, "head_width": 16, "ffn_width": 128,
         },
         "optim": {"lr": 1e-3},
     },
     "scfoundation": {
-        "data": {"vocab_genes": 1500},
-        "tokenizer": {"max_tokens": 512},
+        "data": {"vocab_genes": 1000},
+        "tokenizer": {"max_tokens": 256},
         "model": {
             "width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 128,
             "decoder_width": 48, "decoder_layers": 1, "decoder_heads": 2,
@@ -87,7 +87,7 @@ def pretrained(folder: Path, uri: str, steps: int) -> dict[str, str]:
             "data": {"uri": uri, "min_genes_per_cell": 200, "split": {"validation_fraction": 0.05}},
             "model": {"family": family},
             "optim": {"warmup_steps": 20},
-            "batch": {"cells_global": 32, "cells_micro": 32},
+            "batch": {"cells_global": 16, "cells_micro": 16},
             "train": {"steps": steps, "log_every_steps": 50, "eval_every_steps": steps // 2},
             "engine": {"name": "torch"},
             "scale": {"workers": 1, "threads_per_worker": 2},
@@ -104,8 +104,8 @@ def finetune_files(folder: Path, models: dict[str, str], steps: int) -> dict[str
         "data": {"uri": "set by the benchmark"},
         "task": {"name": "annotation", "split": {"test_fraction": 0.2}},
         "optim": {"lr": 2e-3, "warmup_steps": 10},
-        "batch": {"cells_global": 32, "cells_micro": 32},
-        "train": {"steps": steps, "log_every_steps": 50, "eval_every_steps": steps // 3},
+        "batch": {"cells_global": 24, "cells_micro": 24},
+        "train": {"steps": steps, "log_every_steps": 60, "eval_every_steps": steps // 3},
         "engine": {"name": "torch"},
         "scale": {"workers": 1, "threads_per_worker": 1},
         "checkpoint": {"every_steps": steps // 3},
@@ -183,8 +183,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--pretrain-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--pretrain-steps", type=int, default=300)
     parser.add_argument("--concurrent", type=int, default=2)
     given = parser.parse_args()
     cells = Path(os.environ["CELLRAY_DATA"]) / "cells"
