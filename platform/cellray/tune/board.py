@@ -121,9 +121,10 @@ class Board:
         value = float(result.get(self.run.metric, math.nan))
         self._spend(trial)
         self._parts[trial] = min(float(result["step"]) / max(float(result["steps"]), 1.0), 1.0)
-        now = self._value(trial)
-        if not math.isnan(now):
-            self._values[trial] = now
+        if not math.isnan(value):
+            better = min if self.run.mode == "min" else max
+            before = value if self.run.scheduler == "pbt" else self._values.get(trial, value)
+            self._values[trial] = better(before, value)
         stopped = self.ledger.state(trial) == STOPPED
         if stopped:
             self._parts[trial] = 1.0
