@@ -9,6 +9,7 @@ Legend: N cells fitted on, Q query cells, K genes, D latent dimensions.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import warnings
@@ -30,7 +31,6 @@ F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
 
 _LOGGERS = ("scvi", "lightning", "lightning.pytorch", "lightning.fabric")
-_VARIABLES = ("XLA_FLAGS", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")  # that seeding sets
 
 
 class ScviConfig(FeatureConfig):
@@ -57,26 +57,26 @@ class ScviConfig(FeatureConfig):
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Quiet; global random states, variables and log levels are put back."""
+    """Quiet; global random states, environment variables and log levels are put back."""
     import torch
 
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    variables = {name: os.environ.get(name) for name in _VARIABLES}
-    state = np.random.get_state()
-    try:
-        for name in _LOGGERS:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about workers, epochs and devices
-            yield
-    finally:
-        np.random.set_state(state)
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-        for name, value in variables.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
+    variables, state = dict(os.environ), np.random.get_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about workers, epochs and devices
+        importlib.import_module("scvi")  # first: it sets levels and variables when it is imported
+        levels = {name: logging.getLogger(name).level for name in _LOGGERS}
+        try:
+            for name in _LOGGERS:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            np.random.set_state(state)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+            for name in set(os.environ) - set(variables):
+                del os.environ[name]
+            os.environ.update(variables)
 
 
 def _latent(config: ScviConfig, counts: sparse.csr_matrix, batches: I64, seed: int) -> F32:

@@ -184,7 +184,7 @@ class NeighbourIndex:
 
 
 def _sha256(points: F32) -> str:
-    return hashlib.sha256(np.ascontiguousarray(points).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(points).data).hexdigest()
 
 
 def _faiss_index(points: F32) -> tuple[Any, F64]:

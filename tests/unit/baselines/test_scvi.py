@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import os
@@ -34,11 +35,12 @@ def test_without_the_package_the_extra_is_named() -> None:
 
 @needs_scvi
 def test_latent_cells_follow_the_seed_bit_for_bit_and_leave_no_trace(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import torch
 
     monkeypatch.chdir(tmp_path)
+    importlib.import_module("scvi")
     counts, _ = made_cells(130)
     cells = CellCounts(counts, np.arange(130) % 2)
     variables, state = dict(os.environ), torch.get_rng_state()
@@ -55,6 +57,7 @@ def test_latent_cells_follow_the_seed_bit_for_bit_and_leave_no_trace(
     assert np.random.get_state()[1].tolist() == drawn
     assert logging.getLogger("scvi").level == level
     assert not list(tmp_path.iterdir())
+    assert "".join(capfd.readouterr()) == ""
 
 
 @needs_scvi
