@@ -11,6 +11,7 @@ import pytest
 from cellray.core.section import merge
 from cellray.infer.load import load
 from cellray.runs import build_run, run_job
+from cellray.train.answers import ANSWERS_DIR
 from cellray.train.saving import committed
 from helpers_cells import known_cells
 from helpers_runs import finetune_raw, pretrain_run, progress
@@ -75,8 +76,8 @@ def test_integration_trains_every_part_and_scores_the_embedding(pretrained, smal
     assert "train/dar" in metrics
     picture = Path(result.trained.run_dir) / "umap.png"
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    names = [entry.path for entry in logged.list_artifacts(result.trained.mlflow_run_id)]
-    assert "umap.png" in names
+    kept = logged.list_artifacts(result.trained.mlflow_run_id, ANSWERS_DIR)
+    assert f"{ANSWERS_DIR}/umap.png" in [entry.path for entry in kept]
 
     cells = known_cells()
     alone = model.embed(cells[:5].copy())
