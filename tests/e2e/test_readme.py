@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cellray.bench.config import CONTROLS
 from cellray.cli import main
 from cellray.core.registry import names
 from cellray.core.section import read_toml
 from cellray.runs import JOBS, load_run
+from cellray.tasks.base import task
 from helpers_upstream import (
     SB,
     SF,
@@ -56,6 +58,8 @@ def test_the_readme_names_every_command():
         "doctor",
         "plan",
         "published",
+        "annotate",
+        "compare",
     }
 
 
@@ -201,8 +205,9 @@ def test_errors_are_one_line_and_exit_with_1(tmp_path):
 
 
 def test_the_demo_table_in_the_readme_has_all_rows():
-    methods = read_toml(ROOT / "jobs" / "configs" / "benchmark" / "demo.toml")
-    for name in [*methods["methods"], *methods["baselines"]]:
-        assert re.search(rf"^{name}\s+3\s+0\.\d\d\d", README, flags=re.MULTILINE), name
+    methods = list(read_toml(ROOT / "jobs" / "configs" / "benchmark" / "demo.toml")["methods"])
+    controls = [f"{name}_{control}" for name in methods for control in CONTROLS]
+    for name in [*methods, *controls, *task("annotation").compulsory]:
+        assert re.search(rf"^{name} +[a-z -]+ 3 +0\.\d+ ", README, flags=re.MULTILINE), name
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
