@@ -209,18 +209,20 @@ def _chance_flag(method: Method, floor: Method | None, headline: str, sign: floa
 
 
 def _budget_flag(method: Method, baselines: Sequence[Method]) -> str:
-    """Says so where a method was tuned with another number of trials than a baseline."""
+    """Says so where a method was tuned with another number of trials than the best tuned baseline.
+
+    Baselines without anything to tune have a budget of one, which is no one's disadvantage.
+    """
     ours = method.mean_of("tuning_budget")
-    if math.isnan(ours) or method.family in ("baseline", "control"):
+    budgets = {m.mean_of("tuning_budget"): m.name for m in reversed(baselines)}
+    known = [budget for budget in budgets if not math.isnan(budget)]
+    if math.isnan(ours) or method.family in ("baseline", "control") or not known:
         return ""
-    others = [
-        f"{m.name} {m.mean_of('tuning_budget'):.0f}"
-        for m in baselines
-        if not math.isnan(m.mean_of("tuning_budget")) and m.mean_of("tuning_budget") != ours
-    ]
-    if not others:
+    most = max(known)
+    if ours == most:
         return ""
-    return f"unequal tuning budget: {ours:.0f} trial{'s' * (ours != 1)} ({', '.join(others)})"
+    trials = f"{ours:.0f} trial{'s' * (ours != 1)}"
+    return f"unequal tuning budget: {trials} ({budgets[most]} {most:.0f})"
 
 
 def flags(
