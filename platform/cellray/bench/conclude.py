@@ -59,16 +59,19 @@ def _models(setting: Setting, entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def _twins(setting: Setting, entries: Sequence[Entry]) -> list[str]:
-    """Pairs of methods whose answers hardly differ: two names for one result."""
+    """Methods whose answers hardly differ (99.9 %): several names for one result."""
     answers = {}
     for entry in entries:
         answer = kept_answer(setting, entry, setting.first)
         if answer is not None and answer.labels is not None:
             answers[entry.name] = answer.labels
-    return [
-        f"{one} and {two} give the same label to {share:.1%} of the test cells"
-        for one, two, share in identical_methods(answers)
-    ]
+    groups: list[list[str]] = []
+    for one, two, _ in identical_methods(answers):
+        group = next((g for g in groups if one in g or two in g), None)
+        if group is None:
+            groups.append(group := [])
+        group += [name for name in (one, two) if name not in group]
+    return [f"these give nearly all test cells the same label: {', '.join(g)}" for g in groups]
 
 
 def conclude(setting: Setting, entries: Sequence[Entry]) -> Table:

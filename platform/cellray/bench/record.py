@@ -134,8 +134,7 @@ def _constant(setting: Setting, entry: Entry, answer: Answer) -> list[str]:
         return []  # the majority does so by design
     assert given is not None
     truth = None if answer.labels is None else setting.truth(answer.joinids)
-    remark = near_constant(given, truth)
-    return [remark] if remark else []
+    return ["near-constant: one answer for all cells"] if near_constant(given, truth) else []
 
 
 def _finite(scores: Mapping[str, float]) -> tuple[dict[str, float], tuple[str, ...]]:

@@ -196,8 +196,9 @@ class Setting:
         codes = self.codes(part, part.split.train)
         majority = float(np.bincount(codes).max() / len(codes))
         sampled = min(len(codes), 1024)
-        remark = did_it_train(train_accuracy, majority, num_cells=sampled)
-        return (remark,) if remark else ()
+        if not did_it_train(train_accuracy, majority, num_cells=sampled):
+            return ()
+        return ("did not train: no better on its own training cells than the majority class",)
 
     @cached_property
     def before(self) -> F32:
