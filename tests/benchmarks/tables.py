@@ -90,7 +90,7 @@ def pretrained(folder: Path, uri: str, steps: int) -> dict[str, str]:
             "batch": {"cells_global": 16, "cells_micro": 16},
             "train": {"steps": steps, "log_every_steps": 50, "eval_every_steps": steps // 2},
             "engine": {"name": "torch"},
-            "scale": {"workers": 1, "threads_per_worker": 2},
+            "scale": {"workers": 1, "threads_per_worker": 1},
             "checkpoint": {"dir": str(folder), "every_steps": steps // 2},
         }
         models[family] = run_job(build_run("pretrain", merge(raw, sizes)), say).model_dir
