@@ -128,18 +128,28 @@ def finetune_files(folder: Path, models: dict[str, str], steps: int) -> dict[str
     return paths
 
 
-def annotation(uris: dict[str, str], files: dict[str, str]) -> dict[str, Any]:
-    """Held-out donors (pancreas, interferon set) and, for want of donors, cells (PBMC)."""
+def annotation(
+    uris: dict[str, str], files: dict[str, str], models: dict[str, str]
+) -> dict[str, Any]:
+    """Held-out donors (pancreas, interferon set) and, for want of donors, cells (PBMC).
+
+    Frozen models on all three sets; whole fine-tuning, with its controls, on the pancreas.
+    """
     donors = {"column": "donor", "test_values": ["human3"]}
     people = {"column": "batch", "test_values": ["ctrl107", "stim107"]}
     unlabelled = ["", "nan", "NA", "unknown", "unlabelled (failed QC)"]
     return {
         "task": {"name": "annotation", "label": "cell_type"},
-        "methods": files,
+        "data": {"allow_gene_loss": True},
+        "methods": {f"{name}_probe": model for name, model in frozen(models).items()},
         "datasets": {
-            "pancreas": {"data": {"uri": uris["pancreas"]}, "task": {"split": donors},
-                         "license": "MIT, Apache-2.0"},
-            "kang": {"data": {"uri": uris["kang"]}, "task": {"split": people}, "license": "GPL-3"},
+            "pancreas": {
+                "data": {"uri": uris["pancreas"]}, "license": "MIT, Apache-2.0",
+                "task": {"split": donors}, "methods": files,
+            },
+            "kang": {
+                "data": {"uri": uris["kang"]}, "license": "GPL-3", "task": {"split": people},
+            },
             "pbmc3k": {
                 "data": {"uri": uris["pbmc3k"]}, "license": "MIT",
                 "task": {"split": {"test_fraction": 0.2}, "ignore_labels": unlabelled},
@@ -159,6 +169,7 @@ def reference_mapping(uris: dict[str, str], models: dict[str, str]) -> dict[str,
     people = {"column": "batch", "test_values": ["ctrl107", "stim107"]}
     return {
         "task": {"name": "reference_mapping", "label": "cell_type"},
+        "data": {"allow_gene_loss": True},
         "methods": frozen(models),
         "datasets": {
             "pancreas": {"data": {"uri": uris["pancreas"]}, "task": {"split": donors}},
@@ -171,11 +182,35 @@ def embedding(uris: dict[str, str], models: dict[str, str]) -> dict[str, Any]:
     """Zero-shot, scored by cell type and batch."""
     return {
         "task": {"name": "embedding", "label": "cell_type"},
+        "data": {"allow_gene_loss": True},
         "methods": frozen(models),
         "datasets": {
             "pancreas": {"data": {"uri": uris["pancreas"]}, "task": {"batch": "donor"}},
-            "cellmix": {"data": {"uri": uris["cellmix"]}, "task": {"batch": "batch"}},
         },
+    }
+
+
+def integration(uris: dict[str, str], models: dict[str, str], folder: Path) -> dict[str, Any]:
+    """scGPT's recipe on five batches of five cell lines, beside the frozen models."""
+    recipe = {
+        "name": "row",
+        "init_from": models["scgpt"],
+        "data": {"uri": "set by the benchmark"},
+        "task": {"name": "integration", "batch": "batch", "num_genes": 200},
+        "optim": {"lr": 1e-3, "warmup_steps": 10},
+        "batch": {"cells_global": 64, "cells_micro": 64},
+        "train": {"steps": 100, "log_every_steps": 50, "eval_every_steps": 50},
+        "engine": {"name": "torch"},
+        "scale": {"workers": 1, "threads_per_worker": 1},
+        "checkpoint": {"every_steps": 50},
+    }
+    path = folder / "configs" / "integration.toml"
+    path.write_text(to_toml(recipe) + "\n")
+    return {
+        "task": {"name": "integration", "label": "cell_type", "batch": "batch", "num_genes": 200},
+        "data": {"allow_gene_loss": True},
+        "methods": {"scgpt_integrated": str(path), **frozen(models)},
+        "datasets": {"cellmix": {"data": {"uri": uris["cellmix"]}, "license": "MIT"}},
     }
 
 
@@ -183,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--pretrain-steps", type=int, default=300)
     parser.add_argument("--concurrent", type=int, default=2)
     given = parser.parse_args()
@@ -193,9 +228,10 @@ def main() -> None:
     models = pretrained(folder, uris["corpus"], given.pretrain_steps)
     files = finetune_files(folder, models, given.steps)
     tables = {
-        "annotation": annotation(uris, files),
+        "annotation": annotation(uris, files, models),
         "reference_mapping": reference_mapping(uris, models),
         "embedding": embedding(uris, models),
+        "integration": integration(uris, models, folder),
     }
     for name, table in tables.items():
         if given.only and name not in given.only:
