@@ -165,7 +165,17 @@ def test_the_page_has_all_tables_and_pictures_in_it(made):
 def test_compare_draws_the_same_table_from_mlflow(made, tmp_path):
     _, result, folder = made
     said: list[str] = []
-    page = compare([str(folder / "bench")], said.append, html=str(tmp_path / "c.html"))
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    pictures = list(result.pictures["store"].values())
+    (sweep / "sweep.png").write_bytes(Path(pictures[0]).read_bytes())
+    facts = {"name": "s1", "metric": "validation/loss", "best": 2, "trials": [{}, {}, {}]}
+    (sweep / "trials.json").write_text(json.dumps(facts))
+    sources = [str(folder / "bench"), str(sweep)]
+    page = compare(sources, said.append, html=str(tmp_path / "c.html"))
+    assert "s1: 3 trials by validation/loss, best 2" in page.read_text()
+    with pytest.raises(DataError, match="only sweeps are given"):
+        compare([str(sweep)], said.append)
     text = "\n".join(said)
     assert "tuned_scratch" in text
     assert page.stat().st_size > 50_000

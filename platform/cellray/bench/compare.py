@@ -31,6 +31,7 @@ __all__ = ["compare", "merged"]
 
 Say = Callable[[str], None]
 _PAGE = "compare.html"
+_SWEEP = "sweep.png"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ def compare(
     """Print the tables of benchmarks, write them as one page, and log it to their parent runs.
 
     Args:
-        sources: run directories, ``runs:/ID`` of parent runs, or names of experiments.
+        sources: run directories, ``runs:/ID`` of parent runs, or names of experiments; directories
+            of sweeps add their pictures.
         say: prints.
         html: where to write the page; by default ``compare.html`` in the first run directory,
             else in the current folder.
@@ -97,7 +99,11 @@ def compare(
             table has.
         TrackingError: the store does not answer or has no such run.
     """
+    sweeps = _sweeps(sources)
+    sources = [source for source in sources if Path(source) not in sweeps.values()]
     found = [one for source in sources for one in _find(source, mlflow_uri)]
+    if not found:
+        raise DataError("only sweeps are given; name at least one benchmark to show them beside")
     groups: dict[tuple[str, ...], list[Found]] = {}
     for one in found:
         groups.setdefault(one.key, []).append(one)
@@ -116,10 +122,22 @@ def compare(
         tasks = {str(board.table.attrs["task"]) for board in boards}
         others = [r for r in reported().rows if r.task in tasks and r.dataset_id not in shown]
         where.parent.mkdir(parents=True, exist_ok=True)
-        page(where, boards, title=title, reference=others)
+        pictures = {heading: folder / _SWEEP for heading, folder in sweeps.items()}
+        page(where, boards, title=title, reference=others, sweeps=pictures)
         _log(where, found, Path(scratch))
     say(f"page: {where}")
     return where
+
+
+def _sweeps(sources: Sequence[str]) -> dict[str, Path]:
+    """Heading -> directory of the sources that are sweeps."""
+    found = {}
+    for source in map(Path, sources):
+        if (source / _SWEEP).is_file() and (source / "trials.json").is_file():
+            facts = json.loads((source / "trials.json").read_text(encoding="utf-8"))
+            heading = f"{facts['name']}: {len(facts['trials'])} trials by {facts['metric']}"
+            found[f"{heading}, best {facts['best']}"] = source
+    return found
 
 
 def _find(source: str, mlflow_uri: str) -> list[Found]:

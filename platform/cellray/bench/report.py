@@ -55,6 +55,7 @@ def page(
     *,
     title: str,
     reference: Iterable[ResultRow] = (),
+    sweeps: Mapping[str, str | Path] | None = None,
 ) -> Path:
     """Write leaderboards and their pictures as one HTML file that needs no other file.
 
@@ -66,6 +67,7 @@ def page(
         title: heading of the page.
         reference: reported values of other data sets, shown folded at the end for reading only;
             left out if any board is of synthetic data.
+        sweeps: heading -> PNG of the sweeps that configurations came from.
 
     Returns:
         ``path``.
@@ -84,6 +86,7 @@ def page(
         f"<h1>{safe}</h1>",
         _summaries(boards),
         *(_section(board, place) for place, board in enumerate(boards)),
+        f"<section><h2>Sweeps</h2>{_pictures(sweeps)}</section>" if sweeps else "",
         _legend(boards),
         "" if any(b.table.attrs.get("synthetic") for b in boards) else _reference(reference),
         "</body>\n</html>\n",
