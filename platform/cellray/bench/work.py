@@ -161,7 +161,7 @@ def weights_sha256(path: str) -> str:
     digest = hashlib.sha256(model.vocab.fingerprint.encode())
     for name, value in sorted(model.model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(value.detach().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().float().numpy().tobytes())
     return digest.hexdigest()
 
 
