@@ -156,7 +156,8 @@ def entries_of(setting: Setting) -> list[Entry]:
 
 
 def _raw(setting: Setting, method: MethodSection) -> dict[str, object]:
-    raw = apply_overrides(read_toml(method.config), method.overrides)
+    read = setting.files.get(method.config) or read_toml(method.config)
+    raw = apply_overrides(read, method.overrides)
     return apply_overrides(raw, [*setting.run.overrides, *setting.section.overrides])
 
 

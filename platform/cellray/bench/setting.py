@@ -79,6 +79,8 @@ class Setting:
         cells: the selection.
         directory: where results, pictures and fine-tuning runs of this set lie.
         parent: None without tracking.
+        files: fine-tuning files that were read already, path -> tables: on another machine they
+            may not lie at their paths.
     """
 
     run: BenchmarkRun
@@ -87,6 +89,7 @@ class Setting:
     cells: Cells
     directory: Path
     parent: Parent | None = None
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)
     _parts: dict[int, Part] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -255,7 +258,12 @@ class Setting:
         }
 
 
-def open_setting(run: BenchmarkRun, name: str, parent: Parent | None = None) -> Setting:
+def open_setting(
+    run: BenchmarkRun,
+    name: str,
+    parent: Parent | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Setting:
     """Open a data set of a benchmark.
 
     Raises:
@@ -272,4 +280,4 @@ def open_setting(run: BenchmarkRun, name: str, parent: Parent | None = None) -> 
 
     cells = select_cells(section.data, columns)
     directory = RunDirectory(run.checkpoint.dir, run.name).path / name
-    return Setting(run, name, unit, cells, directory, parent)
+    return Setting(run, name, unit, cells, directory, parent, files or {})

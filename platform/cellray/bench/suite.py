@@ -25,7 +25,7 @@ from cellray.bench.rows import Status
 from cellray.bench.setting import Parent, Setting, open_setting
 from cellray.bench.work import answer_of
 from cellray.core.errors import CellrayError, ConfigError
-from cellray.core.section import flatten, to_dict
+from cellray.core.section import flatten, read_toml, to_dict
 from cellray.metrics.base import metric
 from cellray.train.finetune import prepare_finetune
 from cellray.train.rundir import RunDirectory
@@ -195,7 +195,13 @@ def _short(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__)[:500]
 
 
-def _work(raw: Mapping[str, Any], work: Work, parent: Parent | None, here: str) -> list[str]:
+def _work(
+    raw: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, Any]],
+    work: Work,
+    parent: Parent | None,
+    here: str,
+) -> list[str]:
     """Do a unit of work in a process of its own; returns what is to be said, a line a cell."""
     from cellray.runs import BenchmarkRun, build_run
 
@@ -203,7 +209,7 @@ def _work(raw: Mapping[str, Any], work: Work, parent: Parent | None, here: str) 
         os.chdir(here)  # paths of a configuration are the driver's
     run = build_run("benchmark", raw)
     assert isinstance(run, BenchmarkRun)
-    setting = open_setting(run, work.dataset, parent)
+    setting = open_setting(run, work.dataset, parent, files)
     told = []
     for seed in work.seeds:
         part = setting.part(seed)
@@ -219,6 +225,15 @@ def _work(raw: Mapping[str, Any], work: Work, parent: Parent | None, here: str) 
     return told
 
 
+def _files(run: BenchmarkRun) -> dict[str, Mapping[str, Any]]:
+    """The fine-tuning files that the methods name, path -> tables."""
+    methods = [
+        *run.methods.values(),
+        *(m for d in run.datasets.values() for m in d.methods.values()),
+    ]
+    return {m.config: read_toml(m.config) for m in methods if m.config}
+
+
 class _Queue:
     """Units of work as Ray tasks, a few at a time, with what is said of each."""
 
@@ -226,7 +241,7 @@ class _Queue:
         self, run: BenchmarkRun, parents: Mapping[str, Parent | None], say: Say, at_a_time: int
     ) -> None:
         raw: Mapping[str, Any] = {k: v for k, v in to_dict(run).items() if v is not None}
-        self._raw = ray.put(raw)
+        self._raw, self._files = ray.put(raw), ray.put(_files(run))
         self._at_a_time, self._parents, self._say = at_a_time, parents, say
         self._task = ray.remote(_work)
 
@@ -235,7 +250,8 @@ class _Queue:
         options = self._task.options(
             num_cpus=cpus, max_retries=0, name=f"{work.entry.name}@{work.dataset}"
         )
-        return options.remote(self._raw, work, self._parents[work.dataset], os.getcwd())
+        parent = self._parents[work.dataset]
+        return options.remote(self._raw, self._files, work, parent, os.getcwd())
 
     def run(self, works: Sequence[Work], settings: Mapping[str, Setting]) -> None:
         """Do all work; a process that dies is a cell that failed."""

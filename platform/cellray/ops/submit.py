@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -35,6 +36,9 @@ _EXCLUDES = (
     "/shared/", "/store/", "/build/", "/dist/", "*.h5ad", "mlflow.db",
 )  # fmt: skip
 _PRUNED = frozenset({".git", ".venv", "venv", "__pycache__"})
+_OF_A_BENCHMARK = re.compile(
+    r"datasets\.[^.]+\.data\.uri|(datasets\.[^.]+\.)?methods\.[^.]+\.model"
+)
 _PATH_KEYS = (
     "checkpoint.dir", "data.uri", "data.cache", "reference.folder", "reference.data.uri",
     "query.data.uri", "query.h5ad",
@@ -151,6 +155,7 @@ def _connect(url: str) -> Any:
 def _local_paths(flat: dict[str, Any]) -> list[str]:
     """Warn of folders that would be looked up inside the job's temporary working folder."""
     given = [(key, flat.get(key)) for key in _PATH_KEYS]
+    given += [(key, value) for key, value in flat.items() if _OF_A_BENCHMARK.fullmatch(key)]
     items = [(k, i) for k, v in given for i in (v if isinstance(v, list) else [v]) if i]
     return [
         f"warning: {key} = '{item}' is relative: on the cluster it lies in the job's working "
