@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _PARAM_CHARS = 6000  # MLflow's limit on a parameter's value
+_PAGE_RUNS = 1000  # of one answer of the tracking store
 _BATCH = 100  # MLflow's limit on parameters in one call
 _STEP_KEYS = frozenset({"step", "epoch"})
 
@@ -236,11 +237,18 @@ class Tracker:
         self._client.update_run(self.run_id, status="RUNNING")
 
     def children(self, tags: Mapping[str, str] | None = None) -> Sequence[Any]:
-        """The runs whose parent is this one, with all these tags."""
+        """The runs whose parent is this one, with all these tags, newest first."""
         wanted = {"mlflow.parentRunId": self.run_id, **(tags or {})}
         query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
         experiment = self._client.get_run(self.run_id).info.experiment_id
-        found: Sequence[Any] = self._client.search_runs([experiment], query, max_results=1000)
+        found: list[Any] = []
+        token: str | None = None
+        while token != "":
+            page = self._client.search_runs(
+                [experiment], query, max_results=_PAGE_RUNS, page_token=token
+            )
+            found += page
+            token = page.token or ""
         return found
 
     def run(self) -> Any:

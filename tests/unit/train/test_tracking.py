@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from cellray.core.errors import TrackingError
+from cellray.train import tracking
 from cellray.train.config import TrackingSection
 from cellray.train.tracking import Tracker, check_tracking, open_command, tracking_uri
 
@@ -114,3 +115,13 @@ def test_files_of_a_run_are_fetched_by_kind(uri, tmp_path):
     assert run.fetch("nothing", target, suffixes=(".png",)) == []
     with pytest.raises(TrackingError, match="has no run 'gone'"):
         Tracker(uri, "gone").run()
+
+
+def test_children_are_found_page_by_page(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'pages.db'}"
+    parent = Tracker.start(uri, experiment="pages", name="parent")
+    names = {f"child{i}" for i in range(5)}
+    for name in sorted(names):
+        Tracker.start(uri, experiment="pages", name=name, parent=parent.run_id).end()
+    monkeypatch.setattr(tracking, "_PAGE_RUNS", 2)
+    assert {run.info.run_name for run in parent.children()} == names
