@@ -25,13 +25,13 @@ SEEDS = [0, 1, 2, 3, 4]
 # Small enough for five seeds on two CPU cores; each family's own tokens and objective.
 SIZES: dict[str, dict[str, Any]] = {
     "scgpt": {
-        "data": {"vocab": "store"},
-        "tokenizer": {"max_tokens": 128},
+        "data": {"vocab_genes": 1200},
+        "tokenizer": {"max_tokens": 200},
         "model": {"width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 64},
         "optim": {"lr": 2e-3},
     },
     "geneformer": {
-        "data": {"vocab": "store"},
+        "data": {"vocab_genes": 1200},
         "tokenizer": {"max_tokens": 128},
         "model": {"width": 64, "num_layers": 2, "num_heads": 4, "ffn_width": 128},
         "optim": {"lr": 3e-3},
@@ -104,11 +104,11 @@ def finetune_files(folder: Path, models: dict[str, str], steps: int) -> dict[str
         "data": {"uri": "set by the benchmark"},
         "task": {"name": "annotation", "split": {"test_fraction": 0.2}},
         "optim": {"lr": 2e-3, "warmup_steps": 10},
-        "batch": {"cells_global": 24, "cells_micro": 24},
-        "train": {"steps": steps, "log_every_steps": 60, "eval_every_steps": steps // 3},
+        "batch": {"cells_global": 16, "cells_micro": 16},
+        "train": {"steps": steps, "log_every_steps": 60, "eval_every_steps": steps // 2},
         "engine": {"name": "torch"},
         "scale": {"workers": 1, "threads_per_worker": 1},
-        "checkpoint": {"every_steps": steps // 3},
+        "checkpoint": {"every_steps": steps // 2},
     }
     files = {}
     for family, model in models.items():
@@ -218,7 +218,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--pretrain-steps", type=int, default=300)
     parser.add_argument("--concurrent", type=int, default=2)
     given = parser.parse_args()
