@@ -37,7 +37,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 3e-3},
     },
     "scbert": {
-        "data": {"vocab_genes": 1000},
+        "data": {"vocab_genes": 600},
         "model": {
             "width": 64, "num_layers": 2, "num_heads": 4, "head_width": 16, "ffn_width": 128,
         },
