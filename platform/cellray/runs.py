@@ -243,6 +243,12 @@ class BenchmarkRun(Run):
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
+    @model_validator(mode="after")
+    def _enough_draws(self) -> BenchmarkRun:
+        if self.bootstrap_draws == 1:
+            raise ValueError("bootstrap_draws = 1 gives no interval; give 0 for none, or 1000")
+        return self
+
 
 class TuneRun(Run):
     """A Ray Tune sweep of whole fine-tuning runs.

@@ -21,7 +21,7 @@ from cellray.bench.facts import facts_of
 from cellray.bench.render import render_across, render_terminal
 from cellray.bench.report import Board, page
 from cellray.bench.reported import reported, reported_for
-from cellray.bench.rows import ResultRow, row_from
+from cellray.bench.rows import TABLE_NOTES, ResultRow, row_from, seedless
 from cellray.bench.table import leaderboard
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.tasks.base import task
@@ -230,10 +230,19 @@ def _kept(folder: Path) -> list[Found]:
         raise DataError(
             f"'{folder}' holds no results of a benchmark: neither mlflow.json nor results/*.json"
         )
+    noted = folder / TABLE_NOTES
+    notes = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
     groups: dict[tuple[str, ...], Found] = {}
     for row in rows:
         unit = task(row.task)
-        one = Found(folder.name, [row], unit.headline, unit.compulsory, folder=folder)
+        one = Found(
+            folder.name,
+            [row],
+            notes.get("headline", unit.headline),
+            tuple(notes.get("compulsory", unit.compulsory)),
+            tuple(notes.get("warnings", ())),
+            folder=folder,
+        )
         groups.setdefault(one.key, replace(one, rows=[])).rows.append(row)
     return list(groups.values())
 
@@ -277,17 +286,12 @@ def _differ(there: Sequence[ResultRow] | None, own: Sequence[ResultRow]) -> bool
     """Whether two methods of one name are not the same method."""
 
     def made_of(rows: Sequence[ResultRow]) -> set[tuple[str, ...]]:
-        return {(r.method_family, r.config_sha256 or _without_seed(r.params_json)) for r in rows}
+        return {
+            (r.method_family, r.config_sha256 or seedless(r.params_json), r.checkpoint_sha256)
+            for r in rows
+        }
 
     return there is not None and made_of(there) != made_of(own)
-
-
-def _without_seed(params_json: str) -> str:
-    """Parameters without what differs between seeds of one method anyway."""
-    params = json.loads(params_json or "{}")
-    for key in ("seed", "name", "checkpoint", "tracking"):
-        params.pop(key, None)
-    return json.dumps(params, sort_keys=True)
 
 
 def _free(method: str, name: str, kept: Mapping[str, object]) -> str:

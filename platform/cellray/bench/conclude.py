@@ -16,8 +16,10 @@ from cellray.bench.record import kept_answer, read_rows
 from cellray.bench.render import render_markdown, render_terminal
 from cellray.bench.report import Board, page
 from cellray.bench.reported import reported, reported_for
+from cellray.bench.rows import TABLE_NOTES, ResultRow, to_frame
 from cellray.bench.setting import Setting
-from cellray.bench.table import ResultRow, control_scaled, leaderboard, to_frame
+from cellray.bench.table import control_scaled, leaderboard
+from cellray.core.errors import CellrayError
 from cellray.guards.answers import identical_methods
 from cellray.train.tracking import Tracker
 
@@ -86,11 +88,27 @@ def conclude(setting: Setting, entries: Sequence[Entry]) -> Table:
     board = leaderboard(rows, headline=setting.unit.headline, compulsory=compulsory_of(setting))
     text = f"{setting.unit.name}, {setting.dataset_id}\n{render_terminal(board)}"
     warnings = (*setting.guards.warnings, *_twins(setting, entries))
+    _keep(setting, rows, board, warnings)
+    try:
+        pictures = pictures_of(setting, entries, board)
+    except (CellrayError, RuntimeError, OSError, ValueError) as error:  # the table counts
+        pictures, warnings = {}, (*warnings, f"pictures are missing: {error}")
+    _keep_pictures(setting, pictures)
+    models = _models(setting, entries)
+    return Table(setting, rows, board, text, pictures, models, warnings)
+
+
+def _keep(
+    setting: Setting, rows: Sequence[ResultRow], board: pd.DataFrame, warnings: Sequence[str]
+) -> None:
+    """Write the table beside the results, and log it to the parent."""
     folder = setting.directory
-    pictures = pictures_of(setting, entries, board)
-    titles = {path.name: title for title, path in pictures.items()}
-    named = folder / "report" / "pictures.json"
-    named.write_text(json.dumps(titles, indent=1))
+    notes = {
+        "headline": setting.unit.headline,
+        "compulsory": compulsory_of(setting),
+        "warnings": list(warnings),
+    }
+    (folder / TABLE_NOTES).write_text(json.dumps(notes, indent=1))
     (folder / "leaderboard.md").write_text(render_markdown(board) + "\n")
     board.to_csv(folder / "leaderboard.csv", index=False)
     if setting.parent is not None:
@@ -99,10 +117,17 @@ def conclude(setting: Setting, entries: Sequence[Entry]) -> Table:
         tracker.table(board, "tables/leaderboard.json")
         tracker.note(render_markdown(board))
         tracker.tag("cellray.warnings", json.dumps(list(warnings)))
+
+
+def _keep_pictures(setting: Setting, pictures: Mapping[str, Path]) -> None:
+    """Write what each picture shows, and log all of them to the parent."""
+    named = setting.directory / "report" / "pictures.json"
+    named.parent.mkdir(parents=True, exist_ok=True)
+    named.write_text(json.dumps({p.name: title for title, p in pictures.items()}, indent=1))
+    if setting.parent is not None:
+        tracker = Tracker(setting.parent.uri, setting.parent.run_id)
         for path in (*pictures.values(), named):
             tracker.artifact(path, "report")
-    models = _models(setting, entries)
-    return Table(setting, rows, board, text, pictures, models, warnings)
 
 
 def write_page(name: str, tables: Sequence[Table], path: Path) -> Path:

@@ -7,7 +7,8 @@ has ``datasets`` alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from cellray.runs import BenchmarkRun
 
 __all__ = ["CONTROLS", "DatasetSection", "MethodSection", "method_section", "plug_benchmark"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 # Automatic control rows: suffix of the row's name -> what it is.
 CONTROLS: Mapping[str, str] = {
@@ -40,8 +43,6 @@ class MethodSection(Section):
             cells, strength by inner folds) or ``knn``; ``auto`` is the task's own way.
         overrides: ``section.key=value`` laid over ``config``.
         tuning_budget: configurations tried to arrive at this one, on validation cells; shown.
-        controls: whether the rows ``NAME_scratch`` and ``NAME_random`` are run beside it; a table
-            that lacks them is not shown.
     """
 
     config: str = ""
@@ -49,7 +50,6 @@ class MethodSection(Section):
     head: Literal["auto", "logistic", "knn"] = "auto"
     overrides: list[str] = []
     tuning_budget: int = Field(default=1, ge=1)
-    controls: bool = True
 
     @model_validator(mode="after")
     def _one_kind(self) -> MethodSection:
@@ -96,11 +96,20 @@ def _spelled_out(table: dict[str, Any]) -> None:
                 methods[name] = {"config" if given.endswith(".toml") else "model": given}
 
 
+def _check_names(names: Iterable[str], what: str) -> None:
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"'{name}' cannot be the name of a {what}: it becomes that of a folder; use "
+                "letters, digits, '.', '_' and '-'"
+            )
+
+
 def _default_name(raw: Mapping[str, Any]) -> str:
     """A data set's name where the file has one without a name: that of its store."""
     uri = raw.get("data", {}).get("uri", "data") if isinstance(raw.get("data"), Mapping) else "data"
     first = uri[0] if isinstance(uri, list) and uri else uri
-    return Path(str(first)).name or "data"
+    return re.sub(r"[^A-Za-z0-9._-]", "_", Path(str(first)).name).lstrip("._-") or "data"
 
 
 def _fold(raw: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +144,9 @@ def plug_benchmark(
     tables = _fold(raw)
     for table in (raw, *tables.values()):
         _spelled_out(table)
+    _check_names(tables, "data set")
+    for table in (raw, *tables.values()):
+        _check_names(table.get("methods") or {}, "method")
     types = {name: plug_task(table) for name, table in tables.items()}
     if len(set(types.values())) > 1:
         named = ", ".join(f"{name}: {tables[name]['task']['name']}" for name in tables)

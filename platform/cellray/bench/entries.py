@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from cellray.baselines.base import BaselineUnit, baseline, check_available
 from cellray.bench.config import MethodSection, method_section
@@ -19,7 +19,7 @@ from cellray.train.tracking import tracking_uri
 if TYPE_CHECKING:
     from cellray.runs import BenchmarkRun, FinetuneRun
 
-__all__ = ["Entry", "compulsory_of", "entries_of", "finetune_run"]
+__all__ = ["Entry", "compulsory_of", "entries_of", "finetune_run", "made_by", "run_directory"]
 
 Kind = Literal["baseline", "finetune", "frozen", "random"]
 
@@ -127,12 +127,20 @@ def _of_method(setting: Setting, name: str) -> list[Entry]:
                 scratch=not pretrained,
             )
         ]
-        if pretrained and method.controls:
+        if pretrained:
             scratch = f"{name}_scratch"
             rows.append(Entry(scratch, "finetune", "from_scratch", name, method, scratch=True))
-    if method.controls:
-        rows.append(Entry(f"{name}_random", "random", "random_init", name, method))
+    rows.append(Entry(f"{name}_random", "random", "random_init", name, method))
     return rows
+
+
+def left_out(setting: Setting) -> list[str]:
+    """Baselines that were asked for and cannot be run on this data set, and why."""
+    absent = [name for name in setting.run.baselines if not _applies(baseline(name), setting)]
+    return [
+        f"baseline '{name}' is left out: it corrects batches, and there are none (task.batch)"
+        for name in absent
+    ]
 
 
 def entries_of(setting: Setting) -> list[Entry]:
@@ -165,7 +173,17 @@ def _experiment(run: BenchmarkRun, unit: Task) -> str:
     return run.tracking.experiment or f"benchmark-{unit.name}"
 
 
-_SHARED: Sequence[str] = ("uri", "measurement", "layer", "obs_filter", "min_genes_per_cell")
+_SHARED: Sequence[str] = (
+    "uri",
+    "timestamp",
+    "tiledb",
+    "measurement",
+    "layer",
+    "obs_filter",
+    "min_genes_per_cell",
+    "held_out",
+    "held_out_by",
+)
 
 
 def finetune_run(setting: Setting, row: Entry, seed: int) -> FinetuneRun:
@@ -186,7 +204,8 @@ def finetune_run(setting: Setting, row: Entry, seed: int) -> FinetuneRun:
         {
             "name": f"{row.name}-seed{seed}",
             "seed": seed,
-            "data": {key: data[key] for key in _SHARED},
+            "data": {key: data[key] for key in _SHARED}
+            | ({"allow_gene_loss": True} if data["allow_gene_loss"] else {}),
             "checkpoint": {"dir": str(setting.directory)},
             "tracking": to_dict(run.tracking)
             | {
@@ -203,6 +222,17 @@ def finetune_run(setting: Setting, row: Entry, seed: int) -> FinetuneRun:
     built = build_run("finetune", raw, source=f"{row.method.config} for '{row.name}'")
     assert isinstance(built, FinetuneRun)
     return built
+
+
+def made_by(setting: Setting, entry: Entry, seed: int) -> dict[str, Any]:
+    """The whole configuration that decides an entry's answers."""
+    if entry.kind == "baseline":
+        unit = baseline(entry.unit)
+        return to_dict(unit.config(name=unit.name))
+    assert entry.method is not None
+    if entry.method.config:
+        return to_dict(finetune_run(setting, entry, seed))
+    return to_dict(entry.method)
 
 
 def run_directory(setting: Setting, row: Entry, seed: int) -> RunDirectory:

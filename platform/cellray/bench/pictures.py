@@ -15,7 +15,7 @@ from cellray.bench.record import kept_answer
 from cellray.bench.report import plot_confusion
 from cellray.bench.setting import Setting
 from cellray.bench.umap import plot_umap, umap_embedding
-from cellray.bench.work import answering_model
+from cellray.bench.work import answering_model, tokens_of
 from cellray.infer.embed import embed_cells
 from cellray.infer.pictures import plot_curves
 from cellray.metrics.refusal import coverage_curve
@@ -134,7 +134,7 @@ def _model_umap(setting: Setting, entry: Entry, folder: Path) -> dict[str, Path]
         return {}
     joinids = np.sort(np.concatenate([split.train, split.validation, split.test]))
     joinids = joinids[_thinned(len(joinids))]
-    source = setting.tokens_of(model)
+    source = tokens_of(setting, entry, seed, model)
     said = dict(zip(answer.joinids.tolist(), answer.labels.tolist(), strict=True))
     more = {
         "part of the split": split_names(joinids, split).tolist(),

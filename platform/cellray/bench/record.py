@@ -20,7 +20,7 @@ import pandas as pd
 
 from cellray.bench.children import ERROR_TAG, ROW_TAG, row_tag, rows_of_children
 from cellray.bench.entries import Entry
-from cellray.bench.rows import ResultRow, Status, failed_rows, row_from, rows_of
+from cellray.bench.rows import ResultRow, Status, failed_rows, row_from, rows_of, seedless
 from cellray.bench.setting import Part, Setting
 from cellray.bench.work import Answer, Outcome
 from cellray.core.errors import DataError
@@ -122,7 +122,11 @@ def _scores(setting: Setting, part: Part, answer: Answer) -> dict[str, float]:
     scores = score_labels(unit, obs, setting.config, truth, answer.labels, classes)
     if answer.confidence is not None:
         scores |= score_refusal(
-            truth, answer.labels, answer.confidence, train_classes=part.targets.classes
+            truth,
+            answer.labels,
+            answer.confidence,
+            train_classes=part.targets.classes,
+            threshold=answer.cutoff,
         )
     return scores | _unit_intervals(setting, part, answer, truth)
 
@@ -165,7 +169,7 @@ def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
         predictions_sha256=digest,
         predictions_uri=str(file.relative_to(setting.directory.parent)),
-        config_sha256=hashlib.sha256(outcome.row.params_json.encode()).hexdigest(),
+        config_sha256=hashlib.sha256(seedless(outcome.row.params_json).encode()).hexdigest(),
         remarks=(*remarks, *lost),
     )
     child = _child(setting, entry, part.seed, outcome.child_run_id)
@@ -174,6 +178,7 @@ def record(setting: Setting, part: Part, entry: Entry, outcome: Outcome) -> list
     rows = rows_of(template, scores)
     if child is not None:
         _log(child, template, scores, outcome.params)
+        child.untag(ERROR_TAG)  # of an earlier attempt that failed
         child.artifact(file, "answers")
         child.end("FINISHED")
     text = json.dumps([asdict(row) for row in rows])

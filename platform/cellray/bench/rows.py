@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = "results_long.v2"
+TABLE_NOTES = "table.json"  # beside kept results: what their table is shown with
 
 Provenance = Literal["measured", "reported", "derived"]
 Status = Literal["ok", "failed", "timeout", "oom", "skipped"]
@@ -242,6 +243,14 @@ class ResultRow:
         which = (self.split_sha256, self.method, self.config_sha256, self.seed, self.metric_id)
         text = json.dumps([*named, *which, self.provenance, self.reported_source])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def seedless(params_json: str) -> str:
+    """Parameters without what differs between seeds of one method anyway."""
+    params = json.loads(params_json or "{}")
+    for key in ("seed", "name", "checkpoint", "tracking", "scale"):
+        params.pop(key, None)
+    return json.dumps(params, sort_keys=True)
 
 
 def row_from(raw: Mapping[str, Any]) -> ResultRow:

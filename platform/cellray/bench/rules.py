@@ -30,7 +30,10 @@ FLOOR = "majority"  # predicts without looking at a cell
 SYNTHETIC = "synthetic data: it shows that the code works, and nothing about biology"
 _LEVEL = 0.05
 _SAME = 1e-9
-_SHARED = ("task", "subtask", "dataset_id", "dataset_sha256", "split_id", "split_sha256")
+_SHARED = (
+    *("task", "subtask", "dataset_id", "dataset_sha256", "split_id", "split_sha256"),
+    "n_classes_train",
+)
 
 # family -> the families of the rows that must stand beside each of its methods
 _OWN_CONTROLS = {

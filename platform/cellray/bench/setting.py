@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from cellray.guards.entry import GuardReport, check_table_data, guard_split
 from cellray.guards.training import did_it_train
 from cellray.infer.embed import token_source
 from cellray.infer.load import LoadedModel
+from cellray.tasks._labels import given, labels_of
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, asked_cells, task
 from cellray.train.prepare import Cells, select_cells
 from cellray.train.rundir import RunDirectory
@@ -158,6 +160,21 @@ class Setting:
             parts.append(sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape))
         return CellCounts(sparse.csr_matrix(sparse.vstack(parts)), self.batches(joinids))
 
+    def labelled(self, joinids: I64) -> npt.NDArray[np.bool_]:
+        """Which cells have a label that counts."""
+        ignored = to_dict(self.config).get("ignore_labels") or []
+        column = self.cells.obs[self.config.label].iloc[self.rows(joinids)]
+        return given(labels_of(column, ignored))
+
+    @property
+    def content_sha256(self) -> str:
+        """Over the cells' ids and counts, and what labels and batches say of them."""
+        digest = hashlib.sha256(self.cells.store.fingerprint(self.cells.joinids).encode())
+        for column in dict.fromkeys(c for c in (self.config.label, self.batch_column) if c):
+            digest.update(f"\0{column}\0".encode())
+            digest.update("\n".join(self.column(column, self.cells.joinids)).encode())
+        return digest.hexdigest()
+
     def label_codes(self, joinids: I64) -> I64:
         """Codes of the true labels, for controls that are to know the answer."""
         codes, _ = pd.factorize(self.truth(joinids), sort=True)
@@ -170,14 +187,15 @@ class Setting:
         candidates = [*donors, self.batch_column]
         return next((c for c in candidates if c and c in self.cells.obs), "")
 
-    def tokens_of(self, model: LoadedModel) -> TokenSource:
+    def tokens_of(self, model: LoadedModel, *, allow_gene_loss: bool = False) -> TokenSource:
         """What turns this set's cells into a model's tokens.
 
         Raises:
             DataError: the model knows under 60 % of the counts, and ``data.allow_gene_loss`` does
                 not let it pass.
         """
-        return token_source(model, self.cells, allow_gene_loss=self.section.data.allow_gene_loss)[0]
+        allowed = allow_gene_loss or self.section.data.allow_gene_loss
+        return token_source(model, self.cells, allow_gene_loss=allowed)[0]
 
     @property
     def num_neighbours(self) -> int:
@@ -231,7 +249,7 @@ class Setting:
             method="",
             method_family="baseline",
             status="skipped",
-            dataset_sha256=self.cells.store.fingerprint(self.cells.joinids),
+            dataset_sha256=self.content_sha256,
             split_id=self.section.split_id or split.unit,
             split_sha256=split.split_sha256,
             split_unit=split.unit,
@@ -241,7 +259,7 @@ class Setting:
             n_val=len(split.validation),
             n_test=len(split.test),
             n_classes_train=len(first.targets.classes),
-            n_classes_test=len(set(self.truth(first.asked))),
+            n_classes_test=len(set(self.truth(first.asked[self.labelled(first.asked)]))),
             n_classes_unseen=len(unseen),
             **provenance(),
         )

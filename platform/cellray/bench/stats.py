@@ -140,7 +140,8 @@ def paired_t(differences: Sequence[float]) -> float:
         differences: one for each seed.
 
     Returns:
-        NaN for fewer than two; 0 or 1 where all are the same.
+        NaN for fewer than two, or where all are the same but for 0: values without spread are no
+        evidence of one; 1 where all are 0.
 
     Raises:
         DataError: no difference, or one that is not a finite number.
@@ -150,7 +151,7 @@ def paired_t(differences: Sequence[float]) -> float:
         return _NAN
     mean, sd = float(array.mean()), float(array.std(ddof=1))
     if sd < _SAME:
-        return 1.0 if abs(mean) < _SAME else 0.0
+        return 1.0 if abs(mean) < _SAME else _NAN
     return float(2 * stats.t.sf(abs(mean) / (sd / len(array) ** 0.5), len(array) - 1))
 
 

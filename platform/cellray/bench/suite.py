@@ -19,11 +19,24 @@ import pandas as pd
 import ray
 
 from cellray.bench.conclude import Table, conclude, write_page
-from cellray.bench.entries import Entry, compulsory_of, entries_of, finetune_run
+from cellray.bench.entries import (
+    Entry,
+    compulsory_of,
+    entries_of,
+    finetune_run,
+    left_out,
+    made_by,
+)
 from cellray.bench.record import kept_file, record, record_failure
 from cellray.bench.rows import Status
 from cellray.bench.setting import Parent, Setting, open_setting
-from cellray.bench.work import answer_of
+from cellray.bench.work import (
+    answer_of,
+    answering_model,
+    checkpoint_of,
+    tokens_of,
+    weights_sha256,
+)
 from cellray.core.errors import CellrayError, ConfigError
 from cellray.core.section import flatten, read_toml, to_dict
 from cellray.metrics.base import metric
@@ -99,32 +112,50 @@ def _scales(setting: Setting, entries: Sequence[Entry]) -> list[ScaleSection]:
 
 
 def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
-    """Refuse to mix results of two configurations of one method.
+    """Refuse to mix results of two configurations, or two checkpoints, of one method.
 
     Raises:
-        ConfigError: a kept result was made by another configuration.
+        ConfigError: a kept result was made by another one.
     """
     for entry in entries:
-        if entry.kind != "finetune":
-            continue
         for seed in setting.run.seeds:
             file = kept_file(setting, entry, seed)
             if not file.is_file():
                 continue
-            kept = flatten(json.loads(json.loads(file.read_text())[0]["params_json"]))
-            now = flatten(to_dict(finetune_run(setting, entry, seed)))
-            skip = ("tracking.", "checkpoint.", "scale.")
+            row = json.loads(file.read_text())[0]
+            kept = flatten(json.loads(row["params_json"]))
+            now = flatten(made_by(setting, entry, seed))
+            free = ("tracking.", "checkpoint.", "scale.", "tuning_budget")
             differ = sorted(
                 k
                 for k in set(kept) | set(now)
-                if kept.get(k) != now.get(k) and not k.startswith(skip)
+                if kept.get(k) != now.get(k) and not k.startswith(free)
             )
+            checkpoint = checkpoint_of(setting, entry, seed)
+            if checkpoint and row["checkpoint_sha256"] != weights_sha256(checkpoint):
+                differ.append(f"the weights in '{checkpoint}'")
             if differ:
                 raise ConfigError(
                     f"'{file}' holds a result of '{entry.name}' with other settings "
                     f"({', '.join(differ[:3])}); give the benchmark another name, or remove that "
                     f"file and the folder '{setting.directory / file.stem}'"
                 )
+
+
+def _check_models(setting: Setting, entries: Sequence[Entry]) -> None:
+    """Open what every method starts from, before anything is run.
+
+    Raises:
+        CellrayError: a checkpoint is missing or torn, or does not fit the cells.
+    """
+    seed = setting.run.seeds[0]
+    for entry in entries:
+        if entry.kind == "finetune":
+            prepare_finetune(finetune_run(setting, entry, seed))
+        elif entry.kind == "frozen":
+            model = answering_model(setting, entry, seed)
+            assert model is not None
+            tokens_of(setting, entry, seed, model)
 
 
 def check_benchmark(run: BenchmarkRun) -> list[str]:
@@ -143,16 +174,16 @@ def check_benchmark(run: BenchmarkRun) -> list[str]:
         setting = open_setting(run, name)
         entries = entries_of(setting)
         split = setting.first.split
-        for entry in entries:
-            if entry.kind == "finetune":
-                prepare_finetune(finetune_run(setting, entry, run.seeds[0]))
-        _check_kept(setting, entries)
+        _check_models(setting, entries)
+        if run.checkpoint.resume != "never":
+            _check_kept(setting, entries)
         lines += [
             f"{name}: {len(split.train)} cells to train on, {len(split.validation)} to validate "
             f"on, {len(split.test)} to test on, held out by {split.unit}",
             f"{name}: {len(entries)} rows x {len(run.seeds)} seeds, of which "
             f"{sum(e.kind == 'finetune' for e in entries) * len(run.seeds)} fine-tunings: "
             f"{', '.join(e.name for e in entries)}",
+            *[f"{name}: {told}" for told in left_out(setting)],
             *[f"{name}: warning: {warning}" for warning in setting.guards.warnings],
         ]
     return lines
@@ -311,7 +342,7 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
     _enter(run, settings)
     entries, parents = {}, {}
     for name, setting in settings.items():
-        for warning in setting.guards.warnings:
+        for warning in (*left_out(setting), *setting.guards.warnings):
             say(f"{name}: warning: {warning}")
         entries[name] = entries_of(setting)
         parents[name] = _parent(setting, uri) if run.tracking.enabled else None

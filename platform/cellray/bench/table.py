@@ -265,7 +265,7 @@ def _same_cell(measured: Method, reported: Method) -> bool:
 
 def _deltas(methods: Sequence[Method], headline: str) -> dict[str, dict[str, Any]]:
     """The difference to the best baseline of each method that is none itself."""
-    best = next((m for m in methods if m.family == "baseline" and m.values(headline)), None)
+    best = _whole_first([m for m in methods if m.family == "baseline"], headline)
     tests: dict[str, dict[str, float]] = {"delta.p": {}, "delta.p_t": {}}
     found: dict[str, dict[str, Any]] = {}
     for method in methods:
@@ -283,6 +283,12 @@ def _deltas(methods: Sequence[Method], headline: str) -> dict[str, dict[str, Any
     return found
 
 
+def _whole_first(methods: Sequence[Method], metric: str) -> Method | None:
+    """The first with a value for as many seeds as any: what lived through a few is no measure."""
+    most = max((len(m.values(metric)) for m in methods), default=0)
+    return next((m for m in methods if most and len(m.values(metric)) == most), None)
+
+
 def _best(methods: Sequence[Method], metric: str, sign: float) -> set[str]:
     """The best method of a metric and all that the evidence does not set apart from it.
 
@@ -293,7 +299,8 @@ def _best(methods: Sequence[Method], metric: str, sign: float) -> set[str]:
     if not there:
         return set()
     there.sort(key=lambda m: _rank_key(m, metric, sign))
-    top, others = there[0], there[1:]
+    top = _whole_first(there, metric) or there[0]
+    others = [m for m in there if m is not top]
     steps = [seed_differences(top, m, metric) for m in others]
     tests = holm([paired_t(s) if len(s) > 1 else _NAN for s in steps])
     kept = {top.name}

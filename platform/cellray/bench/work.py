@@ -25,16 +25,19 @@ from cellray.baselines.base import (
     baseline,
     embed_with,
 )
-from cellray.bench.entries import Entry, finetune_run, run_directory
+from cellray.bench.entries import Entry, finetune_run, made_by, run_directory
 from cellray.bench.heads import HEAD_TRIALS, logistic_head, neighbour_head
 from cellray.bench.setting import Part, Setting
 from cellray.bench.table import ResultRow
+from cellray.core.errors import DataError
 from cellray.core.section import to_dict
 from cellray.data.corpus import Overlap, overlap
+from cellray.data.tokens import TokenSource
 from cellray.data.vocab import Vocab
 from cellray.infer.embed import embed_cells, token_source
 from cellray.infer.load import LoadedModel, load
 from cellray.metrics.probe import probe_folds, probe_labels, scored_rows
+from cellray.tasks.base import Split
 from cellray.train.checkpoint import Manifest, model_of
 from cellray.train.config import ScaleSection
 from cellray.train.finetune import finetune, predict_cells, prepare_finetune
@@ -57,6 +60,7 @@ class Answer:
 
     Attributes:
         probed: scores of a method that has no embedding in a table of embeddings.
+        cutoff: the confidence below which the method itself would refuse; 0 never.
     """
 
     joinids: I64
@@ -64,6 +68,7 @@ class Answer:
     confidence: npt.NDArray[np.float64] | None = None
     embedding: F32 | None = None
     probed: Mapping[str, float] | None = None
+    cutoff: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,9 +110,10 @@ def _scope(setting: Setting, part: Part, own: str) -> str:
 
 def _probed(setting: Setting, part: Part, unit: BaselineUnit, config: Any) -> dict[str, float]:
     """A baseline of labels in a table of embeddings: by the folds that probe each embedding."""
-    labels = setting.truth(part.asked)
+    known = part.asked[setting.labelled(part.asked)]
+    labels = setting.truth(known)
     rows = scored_rows(labels)
-    cells, folds = setting.counts(part.asked[rows]), probe_folds(labels[rows])
+    cells, folds = setting.counts(known[rows]), probe_folds(labels[rows])
     names, codes = np.unique(labels[rows].astype(str), return_inverse=True)
 
     def predict(inside: I64, outside: I64) -> npt.NDArray[Any]:
@@ -142,7 +148,7 @@ def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
         method_family=entry.family,
         seed=part.seed,
         seed_scope=_scope(setting, part, unit.seed_scope),
-        params_json=json.dumps(to_dict(config)),
+        params_json=json.dumps(made_by(setting, entry, part.seed)),
         tuning_budget=unit.trials(config),
         overlap_flag="none",
         wall_s=seconds,
@@ -196,10 +202,22 @@ def _head(setting: Setting, entry: Entry) -> str:
     return "knn" if setting.unit.neighbours else "logistic"
 
 
+def tokens_of(setting: Setting, entry: Entry, seed: int, model: LoadedModel) -> TokenSource:
+    """What turns the set's cells into the tokens of an entry's model.
+
+    Raises:
+        DataError: the model knows too few of the counts, and neither the benchmark nor the
+            method's own file lets it pass.
+    """
+    assert entry.method is not None
+    lost = bool(entry.method.config) and finetune_run(setting, entry, seed).data.allow_gene_loss
+    return setting.tokens_of(model, allow_gene_loss=lost)
+
+
 def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     started = time.perf_counter()
     model = _body(setting, entry, part.seed)
-    source = setting.tokens_of(model)
+    source = tokens_of(setting, entry, part.seed, model)
     labels_asked = setting.unit.answers == "labels"
     joinids = part.asked
     read = np.union1d(part.split.train, joinids) if labels_asked else joinids
@@ -238,7 +256,11 @@ def _overlap_fields(seen: Overlap | None) -> dict[str, Any]:
     """What a row says of pretraining: nothing was seen where there was none."""
     if seen is None:
         return {"overlap_flag": "none"}
-    return {"overlap_flag": seen.flag, "overlap_fraction": seen.fraction}
+    return {
+        "overlap_flag": seen.flag,
+        "overlap_fraction": seen.fraction,
+        "pretrain_corpus_id": seen.corpus_id,
+    }
 
 
 def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -> ResultRow:
@@ -266,7 +288,7 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
         n_params_total=total,
         n_params_trainable=0,
         tuning_budget=max(entry.method.tuning_budget, HEAD_TRIALS if head == "logistic" else 1),
-        params_json=json.dumps(to_dict(entry.method)),
+        params_json=json.dumps(made_by(setting, entry, part.seed)),
         **setting.gene_loss(model),
     )
 
@@ -276,17 +298,33 @@ def _reserved(scale: ScaleSection) -> float:
     return scale.workers * (scale.cpus_per_worker + scale.tokenizer_actors * scale.cpus_per_actor)
 
 
+def _check_same_cells(part: Part, split: Split) -> None:
+    """A fine-tuning run must have the cells that the baselines have.
+
+    Raises:
+        DataError: its own file selects others.
+    """
+    for name in ("train", "validation", "test"):
+        ours, theirs = getattr(part.split, name), getattr(split, name)
+        if not np.array_equal(ours, theirs):
+            raise DataError(
+                f"the fine-tuning run has {len(theirs)} {name} cells, the benchmark {len(ours)}: "
+                "leave out of its file what selects cells ([data] filters, [task] keys)"
+            )
+
+
 def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
     assert entry.method is not None
     run = finetune_run(setting, entry, part.seed)
     started = time.perf_counter()
     prepared = prepare_finetune(run)
+    _check_same_cells(part, prepared.split)
     parent = setting.parent.run_id if setting.parent else None
     result = finetune(run, lambda line: None, parent=parent, prepared=prepared, look_at_test=False)
     model = load(result.trained.model_dir)
     if setting.unit.answers == "labels":
         labels, confidence = predict_cells(model, prepared, part.split.test)
-        answer = Answer(part.split.test, labels, confidence.astype(np.float64))
+        answer = Answer(part.split.test, labels, confidence.astype(np.float64), cutoff=model.cutoff)
     else:
         source, _ = token_source(model, prepared.cells, allow_gene_loss=run.data.allow_gene_loss)
         answer = Answer(part.asked, embedding=embed_cells(model, source, part.asked))
@@ -340,6 +378,13 @@ def answer_of(setting: Setting, part: Part, entry: Entry) -> Outcome:
     if entry.kind == "finetune":
         return _finetuned(setting, part, entry)
     return _frozen(setting, part, entry)
+
+
+def checkpoint_of(setting: Setting, entry: Entry, seed: int) -> str:
+    """The checkpoint whose weights an entry starts from, "" if it draws its own or has none."""
+    if entry.method is None or entry.kind == "random" or entry.scratch:
+        return ""
+    return entry.method.model or finetune_run(setting, entry, seed).init_from
 
 
 def answering_model(setting: Setting, entry: Entry, seed: int) -> LoadedModel | None:

@@ -310,7 +310,9 @@ def _scores(
     predicted = answer["label"].to_numpy()[known]
     confidence = answer["confidence"].to_numpy(np.float64)[known]
     scores = score_annotation(truth, predicted, train_classes=classes)
-    return scores | score_refusal(truth, predicted, confidence, train_classes=classes)
+    return scores | score_refusal(
+        truth, predicted, confidence, train_classes=classes, threshold=threshold
+    )
 
 
 def _picture(

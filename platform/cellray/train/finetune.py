@@ -162,6 +162,12 @@ def _covariates(run: FinetuneRun) -> tuple[DataSection, Mapping[str, list[str]]]
     if not run.init_from:
         return run.data, {}
     known = read_checkpoint(run.init_from)[0].covariates
+    more = [name for name in run.data.covariates if name not in known]
+    if more:
+        raise ConfigError(
+            f"data.covariates names {', '.join(more)}, which the checkpoint of init_from was not "
+            f"trained with (it has {', '.join(known) or 'none'}); leave the key out"
+        )
     return run.data.model_copy(update={"covariates": list(known)}), known
 
 

@@ -36,6 +36,11 @@ _FREE_KEYS = (
     "train.bad_steps",
     "train.explosion_factor",
     "train.max_bad_steps",
+    # of a benchmark: more may be asked of it later
+    "concurrent",
+    "seeds",
+    "methods.",
+    "bootstrap_draws",
     "task.refuse.",
     "register_as",
 )

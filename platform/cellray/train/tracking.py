@@ -221,6 +221,11 @@ class Tracker:
         """Set one tag."""
         self._client.set_tag(self.run_id, key, value)
 
+    def untag(self, key: str) -> None:
+        """Take a tag away, if it is there."""
+        if key in self._client.get_run(self.run_id).data.tags:
+            self._client.delete_tag(self.run_id, key)
+
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Log a file or a folder."""
         if Path(path).is_dir():
@@ -234,7 +239,13 @@ class Tracker:
 
     def restart(self) -> None:
         """Mark the run as running again (a resumed job)."""
-        self._client.update_run(self.run_id, status="RUNNING")
+        try:
+            self._client.update_run(self.run_id, status="RUNNING")
+        except mlflow.MlflowException as error:
+            raise TrackingError(
+                f"the tracking store {self.uri} has no run {self.run_id} to go on with ({error}); "
+                "bring the store back, or begin anew under another name"
+            ) from error
 
     def children(self, tags: Mapping[str, str] | None = None) -> Sequence[Any]:
         """The runs whose parent is this one, with all these tags, newest first."""

@@ -31,6 +31,7 @@ _HELD = {
     "task.split": _CELLS,
     "task.label": _CELLS,
     "task.ignore_labels": _CELLS,
+    "task.duplicates": _CELLS,
     "data.uri": _CELLS,
     "data.timestamp": _CELLS,
     "data.obs_filter": _CELLS,
