@@ -298,7 +298,11 @@ def _leaks(reference: Reference, query: pd.DataFrame, columns: list[str]) -> lis
 
 
 def _scores(
-    adata: ad.AnnData, answer: pd.DataFrame, label: str, classes: tuple[str, ...]
+    adata: ad.AnnData,
+    answer: pd.DataFrame,
+    label: str,
+    classes: tuple[str, ...],
+    threshold: float,
 ) -> dict[str, float]:
     """Annotation metrics over the queries whose label is known; empty if none is."""
     if label not in adata.obs:
@@ -354,7 +358,7 @@ def map_cells(run: MapRun, say: Say) -> MapResult:
     same = int((answer["distance"] == 0).sum())
     if same:
         say(f"warning: {same} query cells lie exactly on a reference cell: are they in it?")
-    scores = _scores(adata, answer, _query_label(run), reference.classes)
+    scores = _scores(adata, answer, _query_label(run), reference.classes, run.unknown_below)
     labels = answer["label"].where(answer["confidence"] >= run.unknown_below, UNASSIGNED)
     adata.obs["cellray_label"] = pd.Categorical(labels)
     adata.obs["cellray_confidence"] = answer["confidence"].to_numpy()

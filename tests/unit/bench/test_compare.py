@@ -21,8 +21,9 @@ from cellray.train.tracking import Tracker
 
 
 def results(dataset: str = "pancreas", **fields: object) -> list[ResultRow]:
-    """Three baselines over one seed, a model over two and one that died."""
+    """Five baselines over one seed, a model over two and one that died."""
     rows = [r for r in baselines() if r.seed == 0] + runs("model", [0.92, 0.94])
+    rows += runs("hvg", [0.42]) + runs("harmony", [0.86])
     rows += failed_rows(row("dead", 0.0), "worker died", status="oom")
     return [replace(r, dataset_id=dataset, split_id="donor", **fields) for r in rows]
 
