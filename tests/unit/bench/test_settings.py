@@ -1,0 +1,148 @@
+"""What the rows of one table share: cells, splits, digests, names; without Ray and training."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cellray.bench.entries import entries_of, finetune_run, left_out
+from cellray.bench.setting import open_setting
+from cellray.bench.suite import check_benchmark
+from cellray.core.errors import CheckpointError, ConfigError, DataError
+from cellray.core.section import to_toml
+from cellray.runs import build_run
+from cellray.train.finetune import prepare_finetune
+from cellray.train.tracking import Tracker
+
+TASK = {
+    "name": "annotation",
+    "label": "cell_type",
+    "split": {"column": "donor", "test_values": ["d3"], "validation_fraction": 0.2},
+}
+
+
+def method_file(folder, **over):
+    raw = {
+        "name": "row",
+        "data": {"uri": "elsewhere"},
+        "task": {"name": "annotation", "split": {"test_fraction": 0.2}},
+        "model": {"family": "scgpt", "width": 16, "num_layers": 1, "num_heads": 2, "ffn_width": 16},
+        "tokenizer": {"max_tokens": 32},
+        "train": {"steps": 2},
+        "batch": {"cells_global": 12, "cells_micro": 12},
+        "engine": {"name": "torch"},
+    }
+    file = folder / "method.toml"
+    file.write_text(to_toml(raw | over))
+    return str(file)
+
+
+def bench(uri, folder, **over):
+    raw = {
+        "name": "bench",
+        "seeds": [0, 1],
+        "task": TASK,
+        "data": {"uri": uri},
+        "checkpoint": {"dir": str(folder)},
+        "tracking": {"enabled": False},
+    }
+    return build_run("benchmark", raw | over)
+
+
+def test_one_data_set_or_several_are_the_same_thing(small_store, tmp_path):
+    alone = bench(small_store, tmp_path)
+    named = bench(
+        small_store, tmp_path, data=None, task=None,
+        datasets={"store": {"data": {"uri": small_store}, "task": TASK}},
+    )  # fmt: skip
+    assert list(alone.datasets) == ["store"]
+    assert alone.model_dump() == named.model_dump()
+    shared = bench(small_store, tmp_path, datasets={"a": {}, "b": {"task": {"batch": "donor"}}})
+    assert shared.datasets["a"].task.batch == ""
+    assert shared.datasets["b"].task.batch == "donor"
+    assert shared.datasets["b"].data.uri == small_store
+
+
+def test_every_method_trains_on_the_cells_of_the_baselines(small_store, tmp_path):
+    data = {"uri": small_store, "held_out": ["d2"], "held_out_by": "donor"}
+    run = bench(small_store, tmp_path, data=data, methods={"m": method_file(tmp_path)})
+    setting = open_setting(run, "store")
+    entry = next(e for e in entries_of(setting) if e.name == "m")
+    for seed in run.seeds:
+        prepared = prepare_finetune(finetune_run(setting, entry, seed))
+        part = setting.part(seed)
+        for name in ("train", "validation", "test"):
+            ours = getattr(prepared.split, name)
+            np.testing.assert_array_equal(ours, getattr(part.split, name))
+    donors = setting.column("donor", setting.part(0).split.train)
+    assert set(donors) == {"d0", "d1"}
+
+
+def test_seeds_choose_other_validation_cells_and_the_same_test_cells(small_store, tmp_path):
+    setting = open_setting(bench(small_store, tmp_path), "store")
+    first, second = setting.part(0), setting.part(1)
+    np.testing.assert_array_equal(first.split.test, second.split.test)
+    assert first.split.validation.tolist() != second.split.validation.tolist()
+
+
+def test_the_digest_of_a_data_set_knows_its_labels(small_store, tmp_path):
+    by_type = open_setting(bench(small_store, tmp_path), "store")
+    again = open_setting(bench(small_store, tmp_path), "store")
+    other = open_setting(bench(small_store, tmp_path, task={**TASK, "label": "donor",
+        "split": {"test_fraction": 0.3}}), "store")  # fmt: skip
+    assert by_type.content_sha256 == again.content_sha256
+    assert by_type.content_sha256 != other.content_sha256
+
+
+def test_baselines_that_need_batches_are_left_out_with_a_word(small_store, tmp_path):
+    names = ["majority", "logistic", "knn", "hvg", "harmony"]
+    split = {"test_fraction": 0.3}
+    run = bench(small_store, tmp_path, baselines=names, task={**TASK, "split": split})
+    setting = open_setting(run, "store")
+    assert [e.name for e in entries_of(setting)] == names[:-1]
+    assert "baseline 'harmony' is left out: it corrects batches" in left_out(setting)[0]
+
+
+@pytest.mark.parametrize(
+    ("over", "message"),
+    [
+        ({"bootstrap_draws": 1}, "bootstrap_draws = 1 gives no interval"),
+        ({"methods": {"my method": "x.toml"}}, "'my method' cannot be the name of a method"),
+        ({"datasets": {"a/b": {}}}, "'a/b' cannot be the name of a data set"),
+        ({"data": None}, r"a benchmark needs cells and a task: give \[data\] and \[task\]"),
+        ({"methods": {"m": {"config": "a.toml", "model": "b"}}}, "used frozen.*, not both"),
+        ({"task": {**TASK, "lable": "x"}}, "Did you mean 'label'"),
+    ],
+)
+def test_bad_configurations_are_refused_in_words(small_store, tmp_path, over, message):
+    with pytest.raises(ConfigError, match=message):
+        bench(small_store, tmp_path, **over)
+
+
+def test_two_tasks_are_two_benchmarks(small_store, tmp_path):
+    embedding = {"name": "embedding", "label": "cell_type"}
+    tables = {"a": {"data": {"uri": small_store}, "task": TASK}}
+    tables["b"] = {"data": {"uri": small_store}, "task": embedding}
+    with pytest.raises(ConfigError, match=r"different tasks \(a: annotation, b: embedding\)"):
+        bench(small_store, tmp_path, data=None, task=None, datasets=tables)
+
+
+def test_missing_checkpoints_files_and_seeds_given_twice_are_found_first(small_store, tmp_path):
+    run = bench(small_store, tmp_path, methods={"m": {"model": str(tmp_path / "nowhere")}})
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        check_benchmark(run)
+    run = bench(small_store, tmp_path, methods={"m": str(tmp_path / "nowhere.toml")})
+    with pytest.raises(ConfigError, match=r"no configuration file at '.*nowhere.toml'"):
+        check_benchmark(run)
+    with pytest.raises(ConfigError, match=r"seeds = \[3, 3\] holds one twice"):
+        check_benchmark(bench(small_store, tmp_path, seeds=[3, 3]))
+    with pytest.raises(DataError, match="'celltype': obs has no such column"):
+        check_benchmark(bench(small_store, tmp_path, task={**TASK, "label": "celltype"}))
+
+
+def test_a_tag_is_taken_away(tmp_path):
+    tracker = Tracker.start(f"sqlite:///{tmp_path / 'm.db'}", experiment="e", name="r")
+    tracker.tag("cellray.error", "died")
+    tracker.untag("cellray.error")
+    tracker.untag("cellray.error")
+    assert "cellray.error" not in tracker.run().data.tags
