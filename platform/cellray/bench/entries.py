@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -173,6 +174,14 @@ def _experiment(run: BenchmarkRun, unit: Task) -> str:
     return run.tracking.experiment or f"benchmark-{unit.name}"
 
 
+def _shared_cores(scale: Mapping[str, Any], concurrent: int) -> dict[str, Any]:
+    """Threads of CPU workers where several runs share the machine: more would wait for each other."""
+    if scale.get("threads_per_worker") or scale.get("gpus_per_worker"):
+        return dict(scale)
+    cores = (os.cpu_count() or 1) // (int(scale.get("workers") or 1) * concurrent)
+    return {**scale, "threads_per_worker": max(1, cores)}
+
+
 _SHARED: Sequence[str] = (
     "uri",
     "timestamp",
@@ -215,6 +224,7 @@ def finetune_run(setting: Setting, row: Entry, seed: int) -> FinetuneRun:
         },
     )
     raw["task"] = to_dict(setting.config)
+    raw["scale"] = _shared_cores(raw.get("scale") or {}, run.concurrent)
     if row.base and raw.get("init_from"):
         raw["init_weights"] = False
     if seed != run.seeds[0] or row.base:
