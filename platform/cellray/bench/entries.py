@@ -175,7 +175,7 @@ def _experiment(run: BenchmarkRun, unit: Task) -> str:
 
 
 def _shared_cores(scale: Mapping[str, Any], concurrent: int) -> dict[str, Any]:
-    """Threads of CPU workers where several runs share the machine: more would wait for each other."""
+    """The scale section with threads of CPU workers, where several runs share the cores."""
     if scale.get("threads_per_worker") or scale.get("gpus_per_worker"):
         return dict(scale)
     cores = (os.cpu_count() or 1) // (int(scale.get("workers") or 1) * concurrent)
