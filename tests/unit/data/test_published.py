@@ -133,10 +133,11 @@ def test_the_benchmark_takes_the_task_table_as_it_is(ms, tmp_path):
     made = make_store("multiple_sclerosis", ms[0], str(tmp_path / "store"))
     raw = tomllib.loads(made.task)
     run = build_run("benchmark", {"name": "b", "data": {"uri": str(tmp_path / "store")}, **raw})
+    section = run.datasets["store"]
     unit = task("annotation")
     store = open_store(str(tmp_path / "store"))
-    obs = store.obs(unit.columns(run.task, store.obs_columns()))
-    split = unit.split(obs, run.task, seed=0)
+    obs = store.obs(unit.columns(section.task, store.obs_columns()))
+    split = unit.split(obs, section.task, seed=0)
     assert (len(split.test), len(split.train) + len(split.validation)) == (8, 12)
     assert split.unit == "split"
 
