@@ -150,6 +150,7 @@ SHORT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_jobs_of_the_readme_run_one_after_the_other(ray_cluster, tmp_path, monkeypatch, capsys):
     """Every job command, in the README's order, shortened; each finds what the last one left."""
