@@ -42,10 +42,13 @@ class MethodSection(Section):
         head: what turns a frozen embedding into labels: ``logistic`` (on standardised training
             cells, strength by inner folds) or ``knn``; ``auto`` is the task's own way.
         overrides: ``section.key=value`` laid over ``config``.
+        scratch_config: fine-tuning file of the row from scratch, where that was tuned on its own
+            (in as many trials); "" gives it ``config``, and a budget of 1.
         tuning_budget: configurations tried to arrive at this one, on validation cells; shown.
     """
 
     config: str = ""
+    scratch_config: str = ""
     model: str = ""
     head: Literal["auto", "logistic", "knn"] = "auto"
     overrides: list[str] = []
@@ -57,6 +60,11 @@ class MethodSection(Section):
             raise ValueError(
                 "a method has either config (a fine-tuning file) or model (a checkpoint that is "
                 f"used frozen), not {'both' if self.config else 'neither'}"
+            )
+        if self.scratch_config and not self.config:
+            raise ValueError(
+                "scratch_config is the file of the row from scratch beside a fine-tuned one; a "
+                "model that is used frozen has none"
             )
         return self
 

@@ -48,6 +48,20 @@ class Entry:
     scratch: bool = False
     unit: str = ""
 
+    @property
+    def config(self) -> str:
+        """The fine-tuning file; that of the row from scratch may be another than its method's."""
+        assert self.method is not None
+        own = self.method.scratch_config if self.base and self.scratch else ""
+        return own or self.method.config
+
+    @property
+    def tuning_budget(self) -> int:
+        """Trials spent on this row's own configuration."""
+        assert self.method is not None
+        borrowed = bool(self.base) and self.scratch and not self.method.scratch_config
+        return 1 if borrowed else self.method.tuning_budget
+
 
 def _applies(unit: BaselineUnit, setting: Setting) -> bool:
     """Whether a baseline can be run on a data set: one that corrects batches needs two."""
@@ -118,7 +132,12 @@ def _of_method(setting: Setting, name: str) -> list[Entry]:
     if method.model:
         rows = [Entry(name, "frozen", "foundation_zs", method=method)]
     else:
-        pretrained = bool(_raw(setting, method).get("init_from"))
+        pretrained = bool(_raw(setting, method, method.config).get("init_from"))
+        if method.scratch_config and not pretrained:
+            raise ConfigError(
+                f"method '{name}' has scratch_config = '{method.scratch_config}', but its own "
+                f"file '{method.config}' has no init_from: it trains from scratch itself"
+            )
         rows = [
             Entry(
                 name,
@@ -164,8 +183,8 @@ def entries_of(setting: Setting) -> list[Entry]:
     return rows
 
 
-def _raw(setting: Setting, method: MethodSection) -> dict[str, object]:
-    read = setting.files.get(method.config) or read_toml(method.config)
+def _raw(setting: Setting, method: MethodSection, path: str) -> dict[str, object]:
+    read = setting.files.get(path) or read_toml(path)
     raw = apply_overrides(read, method.overrides)
     return apply_overrides(raw, [*setting.run.overrides, *setting.section.overrides])
 
@@ -209,7 +228,7 @@ def finetune_run(setting: Setting, row: Entry, seed: int) -> FinetuneRun:
     run = setting.run
     data = to_dict(setting.section.data)
     raw = merge(
-        _raw(setting, row.method),
+        _raw(setting, row.method, row.config),
         {
             "name": f"{row.name}-seed{seed}",
             "seed": seed,
@@ -229,7 +248,7 @@ def finetune_run(setting: Setting, row: Entry, seed: int) -> FinetuneRun:
         raw["init_weights"] = False
     if seed != run.seeds[0] or row.base:
         raw.pop("register_as", None)  # one version a method, not one a seed
-    built = build_run("finetune", raw, source=f"{row.method.config} for '{row.name}'")
+    built = build_run("finetune", raw, source=f"{row.config} for '{row.name}'")
     assert isinstance(built, FinetuneRun)
     return built
 

@@ -262,7 +262,8 @@ def _files(run: BenchmarkRun) -> dict[str, Mapping[str, Any]]:
         *run.methods.values(),
         *(m for d in run.datasets.values() for m in d.methods.values()),
     ]
-    return {m.config: read_toml(m.config) for m in methods if m.config}
+    paths = {path for m in methods for path in (m.config, m.scratch_config) if path}
+    return {path: read_toml(path) for path in sorted(paths)}
 
 
 class _Queue:

@@ -344,7 +344,7 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         checkpoint_sha256=weights_sha256(init) if init else "",
         **_overlap_fields(seen),
         params_json=json.dumps(to_dict(run)),
-        tuning_budget=entry.method.tuning_budget,
+        tuning_budget=entry.tuning_budget,
         world_size=run.scale.workers,
         micro_batch=run.batch.cells_micro,
         effective_batch=run.batch.cells_global,
