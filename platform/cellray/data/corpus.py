@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -35,6 +35,7 @@ from cellray.data import schema
 from cellray.data.contents import content_hashes, keeps_hashes
 from cellray.data.soma import Store
 from cellray.data.stores import AnyStore, JoinedStore
+from cellray.data.vocab import strip_version
 
 __all__ = [
     "CORPUS",
@@ -59,6 +60,7 @@ CORPUS = "corpus.json"
 FORMAT = "cellray.corpus.v1"
 READ_AT_MOST = 200_000  # cells whose counts are read for their hashes where obs does not keep them
 _DONORS = ("donor_id", "donor")
+WHOLE_GENES = 10_000  # a store with fewer holds a choice of genes, as far as anybody can tell
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Stage:
     Attributes:
         kind: ``pretrain`` or ``finetune``.
         run: its name.
-        stores: ``{"uri", "timestamp"}`` of each store it read.
+        stores: ``{"uri", "timestamp", "genes", "num_genes"}`` of each store it read; ``genes`` is
+            a digest of their ids, in any order.
         num_cells: training and validation cells.
         datasets: dataset id -> cells; empty where obs has no ``dataset_id``.
         donors: dataset id ("" where there is none) -> donor -> cells.
@@ -78,7 +81,7 @@ class Stage:
 
     kind: str
     run: str
-    stores: list[dict[str, str]]
+    stores: list[dict[str, Any]]
     num_cells: int
     datasets: dict[str, int] = field(default_factory=dict)
     donors: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -255,7 +258,7 @@ def record_corpus(
         Stage(
             kind=kind,
             run=run,
-            stores=[{"uri": one.uri, "timestamp": timestamp} for one in stores],
+            stores=[{"uri": one.uri, "timestamp": timestamp} | _genes(one) for one in stores],
             num_cells=len(joinids),
             datasets=datasets,
             donors=donors,
@@ -267,6 +270,28 @@ def record_corpus(
     partial = folder / f"{CORPUS}.{os.getpid()}.partial"
     partial.write_text(json.dumps(text, indent=1))
     os.replace(partial, folder / CORPUS)
+
+
+def _genes(store: Store) -> dict[str, Any]:
+    """How many genes a store has, and a digest of their ids."""
+    names = sorted(strip_version(gene) for gene in store.var()["feature_id"])
+    digest = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return {"genes": digest, "num_genes": len(names)}
+
+
+def _comparable(stages: Sequence[Stage], stores: Sequence[Store]) -> bool:
+    """Whether a cell would have one hash in the stores of the stages and in these.
+
+    It would where both have the same genes, or where neither is a choice of some genes.
+    """
+    ours = [_genes(store) for store in stores]
+    return all(
+        mine["genes"] == theirs.get("genes")
+        or min(mine["num_genes"], theirs.get("num_genes", 0)) >= WHOLE_GENES
+        for mine in ours
+        for stage in stages
+        for theirs in stage.stores
+    )
 
 
 def _save(folder: Path, hashes: U64) -> tuple[str, int]:
@@ -338,7 +363,8 @@ def overlap(
 
     By content hash, which knows a cell again in any store that kept all genes it has counts of;
     and by dataset id, which also knows it where genes were left out. Cells of the same data set
-    make the flag ``partial`` even if no hash is met: other cells of one study are close kin.
+    make the flag ``partial`` even if no hash is met: other cells of one study are close kin. That
+    no hash is met counts only between stores of the same genes, or of at least 10,000 each.
 
     Args:
         model: an exported model, a run directory, or a checkpoint within one.
@@ -361,6 +387,8 @@ def overlap(
     if hashed and num:
         seen = _seen(corpus, hashed, content_hashes(store, joinids, say=say))
         fraction = float(seen.mean())
+    if fraction == 0 and not _comparable(hashed, stores):
+        fraction, hashed = None, []  # that no hash is met says nothing
     known = corpus.complete and (
         len(hashed) == len(corpus.stages) or _all_named(corpus, sum(here.values()), num)
     )

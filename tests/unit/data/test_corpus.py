@@ -166,7 +166,11 @@ def test_what_is_written_down(stores, tmp_path):
     (stage,) = found.stages
     assert found.complete
     assert stage.kind == "pretrain"
-    assert stage.stores == [{"uri": store.uri, "timestamp": "2026-01-01T00:00:00Z"}]
+    (noted_store,) = stage.stores
+    assert noted_store["uri"] == store.uri
+    assert noted_store["timestamp"] == "2026-01-01T00:00:00Z"
+    assert noted_store["num_genes"] == 60
+    assert len(noted_store["genes"]) == 16
     assert stage.num_cells == 200
     assert stage.datasets == {"study": 200}
     assert stage.donors == {"study": dict.fromkeys(("d0", "d1", "d2", "d3"), 50)}
@@ -198,13 +202,29 @@ def test_cells_of_the_same_study_are_flagged_by_its_name(stores, tmp_path):
     folder = noted(tmp_path / "run", stores["plain"], np.arange(120))
     held = overlap(folder, stores["plain"], np.arange(120, 240))
     cut = overlap(folder, stores["cut"], np.arange(30))
-    for found, num in ((held, 120), (cut, 30)):
-        assert (found.flag, found.fraction, dict(found.by_dataset)) == (
-            "partial",
-            0.0,
-            {"study": num},
-        )
-        assert "has seen cells of study: none with the same counts" in found.remark
+    assert (held.flag, held.fraction, dict(held.by_dataset)) == ("partial", 0.0, {"study": 120})
+    assert "has seen cells of study: none with the same counts" in held.remark
+    assert (cut.flag, cut.fraction, dict(cut.by_dataset)) == ("partial", None, {"study": 30})
+    assert "whether the same ones is not known" in cut.remark
+
+
+def test_counts_of_other_genes_prove_nothing(stores, tmp_path, monkeypatch):
+    """The very cells that were trained on, with genes left out and no name of their study."""
+    folder = noted(tmp_path / "run", stores["plain"], np.arange(240))
+    cells = known_cells()[:, :40].copy()
+    nameless = stored(tmp_path, "nameless", cells, "renamed")
+    by_name = overlap(folder, nameless, np.arange(30))
+    assert (by_name.flag, by_name.remark) == (
+        "none",
+        "no cell and no data set in common, by dataset ids",
+    )
+    raw = json.loads((folder / CORPUS).read_text())
+    raw["stages"][0]["datasets"] = {}
+    (folder / CORPUS).write_text(json.dumps(raw))
+    assert overlap(folder, nameless, np.arange(30)).flag == "unknown"
+    assert overlap(folder, stores["other"], np.arange(30)).flag == "none"  # the same genes
+    monkeypatch.setattr(corpus, "WHOLE_GENES", 40)
+    assert overlap(folder, nameless, np.arange(30)).flag == "none"  # both taken for whole
 
 
 def test_other_cells_do_not_overlap(stores, tmp_path):
