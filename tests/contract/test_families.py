@@ -32,7 +32,7 @@ from cellray.models.base import (
     build_model,
     family,
 )
-from cellray.objectives.base import Objective
+from cellray.objectives.base import Objective, Tallies
 from cellray.testing import random_block
 from cellray.train.microbatch import Collator
 
@@ -186,6 +186,19 @@ def test_a_few_steps_lower_the_loss_on_8_cells():
             losses.append(loss.total.item() / loss.num_targets)
         assert loss.num_targets == batch.num_targets > 0
         assert losses[-1] < 0.9 * losses[0], (name, losses)
+
+
+def test_what_validation_reports_is_declared(small):
+    model, batch = small.trained().eval(), small.corrupted()
+    with torch.no_grad():
+        output = model(batch)
+    reported = set(small.objective.loss(output, batch).parts)
+    if isinstance(small.objective, Tallies):
+        tally = small.objective.tally(output, batch).double()
+        reported |= set(small.objective.judged(tally))
+    unit = registry.find("cellray.objectives", small.unit.objective, "OBJECTIVE")
+    assert reported
+    assert reported <= set(unit.metrics)
 
 
 def assert_cell_alike(model: CellModel, small: Small, alone: CellBatch, other: CellBatch, row: int):

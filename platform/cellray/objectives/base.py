@@ -101,6 +101,8 @@ class ObjectiveUnit:
         check: (config, tokenizer's configuration) refuses tokens that it cannot work with.
         load: (config, tokens of a cell, genes of the vocabulary) -> what becomes of the cell.
         supervised: whether it needs labels.
+        metrics: what its validation may report beside the loss: the names of its parts and of what
+            it judges; () if it does not say.
     """
 
     name: str
@@ -109,3 +111,4 @@ class ObjectiveUnit:
     check: Callable[[Any, Mapping[str, Any]], None] = _anything
     load: Callable[[Any, float, int], Load] = _one_target
     supervised: bool = False
+    metrics: tuple[str, ...] = ()

@@ -92,5 +92,9 @@ def _build(config: ClassificationConfig, vocab: Vocab) -> Classification:
 
 
 OBJECTIVE = ObjectiveUnit(
-    name="classification", config=ClassificationConfig, build=_build, supervised=True
+    name="classification",
+    config=ClassificationConfig,
+    build=_build,
+    supervised=True,
+    metrics=("accuracy", "macro_f1"),
 )

@@ -290,5 +290,10 @@ def _load(config: DepthObjectiveConfig, tokens: float, num_genes: int) -> Load:
 
 
 OBJECTIVE = ObjectiveUnit(
-    name="depth", config=DepthObjectiveConfig, build=_build, check=_check, load=_load
+    name="depth",
+    config=DepthObjectiveConfig,
+    build=_build,
+    check=_check,
+    load=_load,
+    metrics=("expressed",),
 )

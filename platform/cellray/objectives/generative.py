@@ -212,4 +212,10 @@ def _load(config: GenerativeConfig, tokens: float, num_genes: int) -> Load:
     return Load(targets=chosen, hidden=hidden, prompt_after=config.cell_prompt_after_steps)
 
 
-OBJECTIVE = ObjectiveUnit(name="generative", config=GenerativeConfig, build=_build, load=_load)
+OBJECTIVE = ObjectiveUnit(
+    name="generative",
+    config=GenerativeConfig,
+    build=_build,
+    load=_load,
+    metrics=(*_TERMS, *_EXPRESSED, "ecs", "dar"),
+)

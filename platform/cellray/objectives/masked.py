@@ -126,4 +126,6 @@ def _load(config: MaskedConfig, tokens: float, num_genes: int) -> Load:
     return Load(targets=config.fraction * tokens)
 
 
-OBJECTIVE = ObjectiveUnit(name="masked", config=MaskedConfig, build=_build, load=_load)
+OBJECTIVE = ObjectiveUnit(
+    name="masked", config=MaskedConfig, build=_build, load=_load, metrics=("accuracy",)
+)

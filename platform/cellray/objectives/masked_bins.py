@@ -113,4 +113,6 @@ def _load(config: MaskedBinsConfig, tokens: float, num_genes: int) -> Load:
     return Load(targets=chosen, hidden=chosen * (1 - config.keep_fraction))
 
 
-OBJECTIVE = ObjectiveUnit(name="masked_bins", config=MaskedBinsConfig, build=_build, load=_load)
+OBJECTIVE = ObjectiveUnit(
+    name="masked_bins", config=MaskedBinsConfig, build=_build, load=_load, metrics=("accuracy",)
+)

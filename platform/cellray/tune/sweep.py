@@ -17,6 +17,7 @@ import pandas as pd
 import ray
 from ray import tune as ray_tune
 
+from cellray.core import registry
 from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import flatten, to_dict, to_toml
 from cellray.train.config import ScaleSection
@@ -128,7 +129,22 @@ def _look_at_data(run: TuneRun, checked: _Checked) -> tuple[int, str]:
             f"'{run.base}' sets no validation cells apart, and a sweep compares trials on them; "
             "set task.split.validation_fraction above 0"
         )
+    _check_metric(run, job.manifest.objective["name"])
     return job.steps, job.data.timestamp
+
+
+def _check_metric(run: TuneRun, objective: str) -> None:
+    """See that validation reports what trials are to be compared by.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    known = registry.find("cellray.objectives", objective, "OBJECTIVE").metrics
+    names = [f"validation/{name}" for name in ("loss", *known)]
+    if known and run.metric not in names:
+        raise ConfigError(
+            f"metric = '{run.metric}' is not among what validation reports: {', '.join(names)}"
+        )
 
 
 def _reserved(run: TuneRun, checked: _Checked) -> tuple[float, float, str]:

@@ -68,7 +68,8 @@ def test_the_best_file_is_the_base_with_the_best_values(sweep, tmp_path):
     assert best.checkpoint.every_steps == 0  # what the sweep set for its trials is not in it
     assert best.data.timestamp == ""
     raw = read_toml(path)
-    assert raw["task"]["split"] == BASE["task"]["split"] | {"test_fraction": 0.0} or raw["task"]
+    split = raw["task"]["split"]
+    assert {k: split[k] for k in BASE["task"]["split"]} == BASE["task"]["split"]
     assert path.read_text().startswith("# Trial 1.\n")
 
 
@@ -117,6 +118,18 @@ def test_a_base_that_never_validates(sweep, tmp_path):
     gone = run.model_copy(update={"base": str(tmp_path / "basee.toml")})
     with pytest.raises(ConfigError, match=r"no configuration file at .* Did you mean 'base.toml'"):
         read_base(gone)
+
+
+def test_a_metric_that_validation_does_not_report(sweep, small_store):
+    over = {"overrides": [f"data.uri='{small_store}'"]}
+    run = sweep({"optim.lr": [1e-3]}, metric="validation/los", **over)
+    with pytest.raises(ConfigError) as error:
+        check_sweep(run)
+    assert str(error.value) == (
+        "metric = 'validation/los' is not among what validation reports: validation/loss, "
+        "validation/accuracy, validation/macro_f1"
+    )
+    assert check_sweep(sweep({"optim.lr": [1e-3]}, metric="validation/macro_f1", **over))
 
 
 def test_another_sweep_of_the_same_name_is_refused(sweep, tmp_path):
