@@ -371,7 +371,11 @@ def _evidence(lines: Sequence[pd.Series], head: str) -> list[_Plan]:
         ("p (Wilcoxon)", _p("delta.p"), "exact signed-rank test over seeds, Holm over methods"),
         ("GPU-h", _plain("gpu_hours", _amount), "GPU-hours per run"),
         ("CPU-h", _plain("cpu_hours", _amount), "core-hours per run"),
-        ("cells/s", _plain("cells_per_s", _amount), "training cells a second"),
+        (
+            "cells/s",
+            _plain("cells_per_s", _amount),
+            "cells trained on (frozen: embedded) a second",
+        ),
         ("overlap", _overlap, "of test cells with the pretraining corpus"),
         ("trials", trials, "configurations tried to choose this one"),
     ]

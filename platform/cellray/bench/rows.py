@@ -92,7 +92,7 @@ class ResultRow:
         wall_s: seconds from start to predictions.
         gpu_hours: GPUs x hours; likewise ``cpu_hours`` cores x hours.
         peak_gpu_mem_gb: of one GPU, GB.
-        cells_per_s: training cells a second.
+        cells_per_s: cells trained on a second; embedded, by a frozen model.
         real_tokens_per_s_gpu: tokens without padding, a second and GPU.
         mfu_real: share of the peak by the formula ``mfu_formula_id``, of tokens without padding.
         run_id: the MLflow run.

@@ -38,9 +38,11 @@ from cellray.infer.embed import embed_cells, token_source
 from cellray.infer.load import LoadedModel, load
 from cellray.metrics.probe import probe_folds, probe_labels, scored_rows
 from cellray.tasks.base import Split
+from cellray.train.adapt import count_parameters
 from cellray.train.checkpoint import Manifest, model_of
 from cellray.train.config import ScaleSection
 from cellray.train.finetune import finetune, predict_cells, prepare_finetune
+from cellray.train.saving import committed
 
 __all__ = ["Answer", "Outcome", "answer_of"]
 
@@ -221,7 +223,9 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     labels_asked = setting.unit.answers == "labels"
     joinids = part.asked
     read = np.union1d(part.split.train, joinids) if labels_asked else joinids
+    begun = time.perf_counter()
     vectors = embed_cells(model, source, read)
+    rate = len(read) / (time.perf_counter() - begun)
     at = np.searchsorted(read, joinids)
     if labels_asked:
         train = vectors[np.searchsorted(read, part.split.train)]
@@ -242,7 +246,7 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
             cpu_hours=seconds / 3600,
             gpu_hours=0.0,
             n_gpus=0,
-            cells_per_s=len(read) / seconds,
+            cells_per_s=rate,
         ),
         {"model": model.path, "head": _head(setting, entry) if labels_asked else ""},
     )
@@ -269,7 +273,7 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
     random = entry.kind == "random"
     seen = None if random or entry.scratch else overlap(model.path, setting.cells, part.asked)
     backbone = model.backbone
-    total = sum(p.numel() for p in backbone.parameters())
+    sizes = {**count_parameters(backbone), "n_params_trainable": 0}
     own = "" if entry.kind == "frozen" else "initial weights"
     head = _head(setting, entry) if setting.unit.answers == "labels" else ""
     if head == "logistic":
@@ -285,11 +289,9 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
         checkpoint_id="" if random else entry.method.model,
         checkpoint_sha256="" if random else weights_sha256(model.path),
         **_overlap_fields(seen),
-        n_params_total=total,
-        n_params_trainable=0,
         tuning_budget=max(entry.method.tuning_budget, HEAD_TRIALS if head == "logistic" else 1),
         params_json=json.dumps(made_by(setting, entry, part.seed)),
-        **setting.gene_loss(model),
+        **_fields({**sizes, **setting.gene_loss(model)}),
     )
 
 
@@ -316,6 +318,7 @@ def _check_same_cells(part: Part, split: Split) -> None:
 def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
     assert entry.method is not None
     run = finetune_run(setting, entry, part.seed)
+    goes_on = bool(committed(run_directory(setting, entry, part.seed).path))
     started = time.perf_counter()
     prepared = prepare_finetune(run)
     _check_same_cells(part, prepared.split)
@@ -358,6 +361,8 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         **_fields({**result.params, **setting.gene_loss(model)}),
     )
     remarks = setting.trained_remarks(part, result.train_accuracy)
+    if goes_on:
+        remarks = (*remarks, "went on from a checkpoint: its hours are those of the last start")
     return Outcome(
         answer,
         row,

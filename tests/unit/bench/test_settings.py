@@ -9,7 +9,7 @@ from cellray.bench.entries import entries_of, finetune_run, left_out
 from cellray.bench.setting import open_setting
 from cellray.bench.suite import check_benchmark
 from cellray.core.errors import CheckpointError, ConfigError, DataError
-from cellray.core.section import to_toml
+from cellray.core.section import read_toml, to_toml
 from cellray.runs import build_run
 from cellray.train.finetune import prepare_finetune
 from cellray.train.tracking import Tracker
@@ -146,3 +146,43 @@ def test_a_tag_is_taken_away(tmp_path):
     tracker.untag("cellray.error")
     tracker.untag("cellray.error")
     assert "cellray.error" not in tracker.run().data.tags
+
+
+def from_checkpoint(folder, name, **over):
+    """A fine-tuning file that starts from somewhere; nothing here opens it."""
+    made = method_file(folder, init_from=str(folder / "model"), **over)
+    file = folder / f"{name}.toml"
+    raw = read_toml(made)
+    for section in ("model", "tokenizer"):
+        raw.pop(section)
+    file.write_text(to_toml(raw))
+    return str(file)
+
+
+def test_a_row_from_scratch_may_be_tuned_on_its_own(small_store, tmp_path):
+    files = {
+        "config": from_checkpoint(tmp_path, "best", optim={"lr": 1e-3}),
+        "scratch_config": from_checkpoint(tmp_path, "scratch", optim={"lr": 4e-3}),
+    }
+    alone = {"config": files["config"], "tuning_budget": 4}
+    run = bench(small_store, tmp_path, methods={"both": files | {"tuning_budget": 4}, "one": alone})
+    rows = {e.name: e for e in entries_of(open_setting(run, "store"))}
+    shown = {n: (rows[n].config, rows[n].tuning_budget) for n in rows if n.startswith(("b", "o"))}
+    assert shown == {
+        "both": (files["config"], 4),
+        "both_scratch": (files["scratch_config"], 4),
+        "both_random": (files["config"], 4),
+        "one": (files["config"], 4),
+        "one_scratch": (files["config"], 1),
+        "one_random": (files["config"], 4),
+    }
+
+
+def test_a_scratch_file_beside_no_row_from_scratch_is_refused(small_store, tmp_path):
+    file = method_file(tmp_path)
+    for method, text in (
+        ({"model": "m", "scratch_config": file}, "a model that is used frozen has none"),
+        ({"config": file, "scratch_config": file}, "has no init_from: it trains from scratch"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            entries_of(open_setting(bench(small_store, tmp_path, methods={"m": method}), "store"))
