@@ -305,7 +305,9 @@ def make_store(
             progress=progress,
         )
     task = _task_of(entry, columns)
-    whole = {"split_id": entry.split_id, "data": {"uri": store}, "task": task}
+    # with cells left out it is another split than the one that papers report values of
+    split = {} if left_out else {"split_id": entry.split_id}
+    whole = {**split, "data": {"uri": store}, "task": task}
     return PublishedStore(
         name,
         report,

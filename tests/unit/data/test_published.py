@@ -260,6 +260,7 @@ def test_scib_sets_hold_counts_in_a_layer_and_some_batches_hold_none(tmp_path, m
         "[task]", 'name = "integration"', 'label = "cell_type"', 'batch = "batch"',
     ]  # fmt: skip
     assert any("left out, no counts are known: rpkm (10 cells)" in x for x in found.lines())
+    assert "split_id" not in found.dataset  # no longer the split of the papers
 
 
 @pytest.mark.parametrize(
