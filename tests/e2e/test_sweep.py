@@ -229,6 +229,77 @@ def test_failed_trials_are_shown_and_the_best_file_runs(small_store, ray_cluster
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_population_hands_on_weights(small_store, ray_cluster, tmp_path):
+    """The trial that cannot learn takes over the weights of the one that does, and goes on."""
+    base = write_base(small_store, tmp_path, steps=120, eval_every_steps=12)
+    over = {
+        "search": {"optim.lr": [1e-9, 1e-2]},
+        "scheduler": "pbt",
+        "trials": 2,
+        "concurrent": 2,
+        "exploit_fraction": 0.5,
+    }
+    said: list[str] = []
+    result = run_job(build_run("tune", sweep_raw(base, tmp_path, **over)), said.append)
+    assert result.complete
+    home = tmp_path / "runs" / "sweep"
+    ledger = Ledger(home / "trials")
+    facts = json.loads((home / "trials.json").read_text())
+    changes = {t["trial"]: t["changes"] for t in facts["trials"]}
+    first = changes[0][0]
+    assert (first["from"], first["step"] % 12) == (1, 0)
+    assert f"trial 0 takes over the weights of trial 1 at step {first['step']}" in "\n".join(said)
+    # the run directory it goes on in begins with the other's validation, bit for bit
+    donor = {row["step"]: row for row in progress(home / "trials" / "trial001")}
+    rows = {row["step"]: row for row in progress(home / "trials" / "trial000.1")}
+    at = first["step"]
+    assert rows[at]["validation/loss"] == donor[at]["validation/loss"]
+    assert max(rows) > at
+    assert ledger.state(0) == ledger.state(1) == "finished"
+    assert max(row["step"] for row in progress(ledger.folder(0))) == 120
+    before = [row["validation/loss"] for row in progress(home / "trials" / "trial000")
+              if "validation/loss" in row]  # fmt: skip
+    table = result.table.set_index("trial")
+    assert table.loc[0, "validation/loss"] < min(before)
+    client, children = children_of(tmp_path, result.mlflow_run_id)
+    assert {c.info.status for c in children} == {"FINISHED"}
+    taken = next(c for c in children if c.data.tags["cellray.trial"] == "0")
+    assert any(tag.startswith("cellray.took_over.") for tag in taken.data.tags)
+    assert load_run("finetune", result.best_config).optim.lr in (1e-9, 1e-2)
+    assert (home / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_optuna_proposes_from_what_trials_have_reported(small_store, ray_cluster, tmp_path):
+    base = write_base(small_store, tmp_path, steps=6, eval_every_steps=3)
+    over = {
+        "search": {"optim.lr": {"low": 1e-6, "high": 1e-2, "scale": "log"}},
+        "algorithm": "optuna",
+        "scheduler": "none",
+        "trials": 6,
+        "concurrent": 2,
+    }
+    sweep = build_run("tune", sweep_raw(base, tmp_path, **over))
+    result = run_job(sweep)
+    assert result.complete
+    rates = result.table["optim.lr"].tolist()
+    assert len(set(rates)) == 6
+    assert all(1e-6 <= rate <= 1e-2 for rate in rates)
+    assert result.best_value == result.table["validation/loss"].min()
+    assert load_run("finetune", result.best_config).optim.lr == rates[result.best_trial]
+    before = files_of(tmp_path / "runs" / "sweep" / "trials")
+    more = build_run("tune", sweep_raw(base, tmp_path, **over | {"trials": 7}))
+    again = run_job(more)  # one more: those that ended stay as they are
+    assert again.table["optim.lr"].tolist()[:6] == rates
+    after = files_of(tmp_path / "runs" / "sweep" / "trials")
+    kept = {p: t for p, t in before.items() if p.parts[-2].startswith("trial00")}
+    assert kept
+    assert {p: after[p] for p in kept} == kept
+
+
+@pytest.mark.slow
 def test_a_trial_never_looks_at_test_cells(small_store, ray_cluster, tmp_path):
     """Other labels and other counts of the test cells change nothing that a sweep sees."""
     planted = known_cells()
