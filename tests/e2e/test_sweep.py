@@ -262,7 +262,7 @@ def test_a_population_hands_on_weights(small_store, ray_cluster, tmp_path):
               if "validation/loss" in row]  # fmt: skip
     table = result.table.set_index("trial")
     assert table.loc[0, "validation/loss"] < min(before)
-    client, children = children_of(tmp_path, result.mlflow_run_id)
+    _, children = children_of(tmp_path, result.mlflow_run_id)
     assert {c.info.status for c in children} == {"FINISHED"}
     taken = next(c for c in children if c.data.tags["cellray.trial"] == "0")
     assert any(tag.startswith("cellray.took_over.") for tag in taken.data.tags)
