@@ -21,9 +21,7 @@ from cellray.core.section import (
     Section,
     apply_overrides,
     build_section,
-    merge,
     read_toml,
-    to_dict,
 )
 from cellray.data.config import DataSection
 from cellray.data.synthetic_config import SynthesizeConfig
@@ -415,9 +413,3 @@ def run_job(run: Run, say: Say | None = None) -> Any:
     """
     module, _, function = JOBS[job_of(run)][1].partition(":")
     return getattr(importlib.import_module(module), function)(run, say or (lambda line: None))
-
-
-def with_overrides(run: Run, tables: Mapping[str, Any]) -> Run:
-    """The same run with other values laid over it, validated again."""
-    raw = {k: v for k, v in to_dict(run).items() if v is not None}
-    return build_run(job_of(run), merge(raw, tables))

@@ -20,7 +20,7 @@ from cellray.bench.rules import SYNTHETIC
 from cellray.bench.style import STYLE
 from cellray.core.errors import DataError
 
-__all__ = ["Board", "page", "plot_confusion", "write_report"]
+__all__ = ["Board", "page", "plot_confusion"]
 
 _HYPHEN = "\u2011"  # a hyphen at which no line ends
 _WIDE = 1.5  # width / height above which a picture has a line of its own
@@ -93,32 +93,6 @@ def page(
     ]
     Path(path).write_text("\n".join(part for part in parts if part), encoding="utf-8")
     return Path(path)
-
-
-def write_report(
-    path: str | Path,
-    *,
-    title: str,
-    board: pd.DataFrame,
-    facts: Mapping[str, object],
-    pictures: Mapping[str, str | Path],
-    warnings: Sequence[str] = (),
-    metrics: Sequence[str] | None = None,
-) -> Path:
-    """Write one leaderboard as a page; see :func:`page` and :class:`Board`.
-
-    Raises:
-        DataError: a picture is missing, or a metric that the leaderboard lacks.
-    """
-    only = Board(
-        table=board,
-        title="",
-        facts=facts,
-        pictures=pictures,
-        warnings=warnings,
-        metrics=metrics,
-    )
-    return page(path, [only], title=title)
 
 
 def _section(board: Board, place: int) -> str:

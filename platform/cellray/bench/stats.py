@@ -1,4 +1,4 @@
-"""Mean, spread and interval over seeds, paired tests, and the bootstrap over test units.
+"""Mean, spread and interval over seeds, paired tests.
 
 Seeds and test units are two sources of variance and are never mixed: an interval over seeds says
 what training by chance does, an interval over donors what another choice of donors would do.
@@ -6,7 +6,7 @@ what training by chance does, an interval over donors what another choice of don
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,6 @@ __all__ = [
     "paired_difference",
     "paired_t",
     "summarise",
-    "unit_interval",
     "wilcoxon",
 ]
 
@@ -170,48 +169,3 @@ def holm(values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(order) - done) * float(array[place])))
         adjusted[place] = highest
     return [float(value) for value in adjusted]
-
-
-def unit_interval(
-    score: Callable[[npt.NDArray[np.int64]], float],
-    units: Sequence[str] | npt.NDArray[np.generic],
-    *,
-    draws: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a score over the choice of test units.
-
-    Whole units (donors) are drawn with replacement, because cells of one donor are not
-    independent; a unit drawn twice brings its items twice.
-
-    Args:
-        score: positions of items (with repetitions) -> value; NaN where it does not exist.
-        units: the unit of each of N items.
-        draws: how many times.
-        seed: of the draws.
-
-    Returns:
-        Lower and upper end, or None where there are fewer than two units: one donor says
-        nothing about another.
-
-    Raises:
-        DataError: more than half of the draws have no score.
-    """
-    names, codes = np.unique(np.asarray(units).astype(str), return_inverse=True)
-    if len(names) < 2:
-        return None
-    order = np.argsort(codes, kind="stable")
-    items = np.split(order, np.cumsum(np.bincount(codes))[:-1])
-    chooser = np.random.default_rng(seed)
-    found = np.empty(draws)
-    for draw in range(draws):
-        chosen = chooser.integers(0, len(names), len(names))
-        found[draw] = score(np.concatenate([items[unit] for unit in chosen]))
-    good = found[np.isfinite(found)]
-    if 2 * len(good) < draws:
-        raise DataError(
-            f"{draws - len(good)} of {draws} draws of test units have no score; a metric that "
-            "needs every unit has no interval over them"
-        )
-    low, high = np.quantile(good, [0.025, 0.975])
-    return float(low), float(high)

@@ -34,6 +34,7 @@ from cellray.core.section import to_dict
 from cellray.data.corpus import Overlap, overlap
 from cellray.data.tokens import TokenSource
 from cellray.data.vocab import Vocab
+from cellray.guards.training import effective_batch
 from cellray.infer.embed import embed_cells, token_source
 from cellray.infer.load import LoadedModel, load
 from cellray.metrics.probe import probe_folds, probe_labels, scored_rows
@@ -350,7 +351,9 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         tuning_budget=entry.tuning_budget,
         world_size=run.scale.workers,
         micro_batch=run.batch.cells_micro,
-        effective_batch=run.batch.cells_global,
+        effective_batch=effective_batch(
+            prepared.job.data.plan, workers=run.scale.workers, cells_global=run.batch.cells_global
+        ),
         precision=run.train.precision,
         n_gpus=int(gpus),
         gpu_hours=gpus * seconds / 3600,

@@ -8,14 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from cellray.core.errors import ConfigError, DataError
+from cellray.core.errors import DataError
 from cellray.tasks.base import Split, ids_sha256
 
 __all__ = [
     "UNIT_COLUMNS",
-    "check_choice",
     "check_parts",
-    "classes_dropped",
     "units_on_both_sides",
 ]
 
@@ -82,44 +80,3 @@ def units_on_both_sides(obs: pd.DataFrame, split: Split, columns: Sequence[str])
                 f"'{column}' to score on new ones"
             )
     return found
-
-
-def classes_dropped(
-    before: Sequence[str], after: Sequence[str], *, what: str
-) -> tuple[list[str], list[str]]:
-    """Classes and cells that are in a list of true labels but not in what is left of it.
-
-    Args:
-        before: true labels of the test cells that should be scored.
-        after: true labels of those that were.
-        what: what came between: ``the adapter``, ``min_genes_per_cell``.
-
-    Returns:
-        The classes that are gone, sorted, and warnings.
-    """
-    gone = sorted(set(map(str, before)) - set(map(str, after)))
-    lost = len(before) - len(after)
-    if not lost and not gone:
-        return [], []
-    named = f"; classes gone altogether: {', '.join(gone[:_LISTED])}" if gone else ""
-    return gone, [
-        f"{what} left out {lost:,} of {len(before):,} test cells, which count as wrong{named}"
-    ]
-
-
-def check_choice(metric: str, *, key: str = "metric") -> None:
-    """Refuse to stop early, or to choose a trial or a step, by anything of the test set.
-
-    Args:
-        metric: what is compared.
-        key: the configuration key that names it.
-
-    Raises:
-        ConfigError: the metric is of the test set.
-    """
-    head = metric.strip().lower().replace(".", "/").replace("_", "/").split("/")[0]
-    if head == "test":
-        raise ConfigError(
-            f"{key} = '{metric}' is measured on the test cells: what is chosen by them cannot be "
-            "scored on them. Choose by a validation metric, e.g. 'validation/loss'"
-        )

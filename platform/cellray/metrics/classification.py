@@ -23,7 +23,6 @@ __all__ = [
     "METRICS",
     "ClassScores",
     "Metric",
-    "class_scores",
     "confusion_matrix",
     "score_annotation",
 ]
@@ -125,19 +124,6 @@ def _scores(matrix: I64, names: tuple[str, ...]) -> ClassScores:
         support=support,
         predicted=predicted,
     )
-
-
-def class_scores(truth: Labels, predicted: Labels) -> ClassScores:
-    """Precision, recall and F1 of every class in truth or prediction.
-
-    Args:
-        truth: N labels.
-        predicted: N labels.
-
-    Raises:
-        DataError: as in :func:`confusion_matrix`.
-    """
-    return _scores(*confusion_matrix(truth, predicted))
 
 
 def score_annotation(

@@ -16,7 +16,6 @@ from cellray.bench.stats import (
     paired_difference,
     paired_t,
     summarise,
-    unit_interval,
     wilcoxon,
 )
 from cellray.core.errors import DataError
@@ -144,38 +143,8 @@ def test_a_method_without_a_test_does_not_count_among_the_tests() -> None:
     assert math.isnan(found[1])
 
 
-def test_interval_over_units_with_the_same_draws_by_hand() -> None:
-    """Whole donors are drawn; a donor drawn twice brings its cells twice."""
-    donors = np.array(["a", "b", "a", "c", "b", "c", "c"])
-    right = np.array([1, 0, 1, 0, 1, 1, 0], dtype=float)
-    found = unit_interval(lambda rows: float(right[rows].mean()), donors, draws=300, seed=4)
-    rng = np.random.default_rng(4)
-    means = []
-    for _ in range(300):
-        chosen = [("a", "b", "c")[i] for i in rng.integers(0, 3, 3)]
-        cells = [right[j] for donor in chosen for j in range(7) if donors[j] == donor]
-        means.append(sum(cells) / len(cells))
-    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=1e-12)
-
-
-def test_interval_over_units_is_wider_than_over_cells_of_a_donor() -> None:
-    donors = np.repeat(["a", "b", "c", "d"], 50)
-    right = np.repeat([1.0, 1.0, 0.0, 0.5], 50)
-    by_donor = unit_interval(lambda rows: float(right[rows].mean()), donors)
-    by_cell = unit_interval(lambda rows: float(right[rows].mean()), np.arange(200).astype(str))
-    assert by_donor is not None
-    assert by_cell is not None
-    assert by_donor[1] - by_donor[0] > 3 * (by_cell[1] - by_cell[0])
-
-
-def test_one_unit_says_nothing_about_another() -> None:
-    assert unit_interval(lambda rows: 1.0, ["a", "a"]) is None
-
-
 def test_test_errors_name_the_problem() -> None:
     with pytest.raises(DataError, match="no difference to test"):
         wilcoxon([])
     with pytest.raises(DataError, match="1 of 2 differences are not finite"):
         paired_t([0.1, float("inf")])
-    with pytest.raises(DataError, match="20 of 20 draws of test units have no score"):
-        unit_interval(lambda rows: float("nan"), ["a", "b"], draws=20)

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.image import imread
 from rows_by_hand import baselines, row, runs
 
-from cellray.bench.report import Board, page, plot_confusion, write_report
+from cellray.bench.report import Board, page, plot_confusion
 from cellray.bench.reported import reported
 from cellray.bench.table import failed_rows, leaderboard
 from cellray.core.errors import DataError
@@ -52,14 +52,14 @@ def make_page(folder: Path) -> tuple[str, Path]:
     rows = [*baselines(), *runs("sc<gpt>", [0.90, 0.92, 0.97])]
     rows += failed_rows(row("dead", None, 0, status="skipped", metric_id=""), "worker & died")
     reported = row("R", 0.7, None, provenance="reported", reported_source="10.1/x")
-    written = write_report(
-        folder / "report.html",
-        title="Annotation <pancreas>",
-        board=leaderboard([*rows, reported]),
+    only = Board(
+        leaderboard([*rows, reported]),
+        "",
         facts={"split": "donor human3", "cells": 914},
         pictures={"Confusion": picture},
         warnings=["split by cell"],
     )
+    written = page(folder / "report.html", [only], title="Annotation <pancreas>")
     return written.read_text(encoding="utf-8"), picture
 
 
@@ -149,12 +149,10 @@ def test_page_needs_no_other_file(tmp_path: Path) -> None:
 
 def test_a_missing_picture_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no picture at '.*gone.png' for 'UMAP'"):
-        write_report(
+        page(
             tmp_path / "report.html",
+            [Board(leaderboard(baselines()), "", pictures={"UMAP": tmp_path / "gone.png"})],
             title="x",
-            board=leaderboard(baselines()),
-            facts={},
-            pictures={"UMAP": tmp_path / "gone.png"},
         )
 
 

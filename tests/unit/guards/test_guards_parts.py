@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cellray.core.errors import ConfigError, DataError
-from cellray.guards.parts import check_choice, check_parts, classes_dropped, units_on_both_sides
+from cellray.core.errors import DataError
+from cellray.guards.parts import check_parts, units_on_both_sides
 from cellray.tasks.base import Split, ids_sha256
 
 
@@ -62,23 +62,3 @@ def test_donors_on_both_sides_are_named():
 def test_donors_on_one_side_are_fine():
     split = split_of([0, 1], [], [2, 3, 4])
     assert units_on_both_sides(OBS, split, ["donor_id", "patient"]) == []
-
-
-@pytest.mark.parametrize("metric", ["test/accuracy.v1", "TEST/loss", "test_loss", "test.loss"])
-def test_nothing_is_chosen_by_the_test_set(metric):
-    with pytest.raises(ConfigError, match=f"tune.metric = '{metric}' is measured on the test cel"):
-        check_choice(metric, key="tune.metric")
-
-
-@pytest.mark.parametrize("metric", ["validation/loss", "validation/macro_f1.test.v1", "train/loss"])
-def test_other_metrics_may_choose(metric):
-    check_choice(metric)
-
-
-def test_dropped_classes_and_cells_are_counted():
-    gone, told = classes_dropped(["a", "a", "b", "c"], ["a", "b"], what="the adapter")
-    assert gone == ["c"]
-    assert told == [
-        "the adapter left out 2 of 4 test cells, which count as wrong; classes gone altogether: c"
-    ]
-    assert classes_dropped(["a", "b"], ["b", "a"], what="x") == ([], [])

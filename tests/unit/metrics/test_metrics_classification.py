@@ -10,7 +10,6 @@ from sklearn import metrics as sk
 from cellray.core.errors import DataError
 from cellray.metrics.classification import (
     METRICS,
-    class_scores,
     confusion_matrix,
     score_annotation,
 )
@@ -104,13 +103,6 @@ def test_every_score_has_a_described_metric() -> None:
     for name, metric in METRICS.items():
         assert metric.id == name
         assert (metric.higher_is_better is None) == name.startswith("n_")
-
-
-def test_class_scores_have_support_and_order() -> None:
-    found = class_scores(*by_hand())
-    assert found.classes == ("a", "b", "c", "d")
-    assert found.support.tolist() == [4, 3, 1, 0]
-    assert found.predicted.tolist() == [5, 2, 0, 1]
 
 
 def test_given_classes_fix_the_matrix() -> None:
