@@ -28,6 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Automatic control rows: suffix of the row's name -> what it is.
 CONTROLS: Mapping[str, str] = {
     "scratch": "the same architecture and configuration, weights drawn anew",
+    "genes": "a baseline on the genes alone that the method's model knows",
     "random": "the body as it is drawn, frozen: what the head alone can do",
 }
 

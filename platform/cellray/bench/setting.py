@@ -24,6 +24,7 @@ from cellray.core.section import to_dict
 from cellray.data.dataset_name import SYNTHETIC, is_synthetic
 from cellray.data.stats import coverage
 from cellray.data.tokens import TokenSource
+from cellray.data.vocab import Vocab
 from cellray.guards.entry import GuardReport, check_table_data, guard_split
 from cellray.guards.training import did_it_train
 from cellray.infer.embed import token_source
@@ -202,11 +203,11 @@ class Setting:
         """Training cells that vote, where the task says how many."""
         return int(to_dict(self.config).get("num_neighbors") or 10)
 
-    def gene_loss(self, model: LoadedModel) -> Mapping[str, Any]:
+    def gene_loss(self, vocab: Vocab) -> Mapping[str, Any]:
         """How many genes and counts of the cells a model knows, as fields of a row."""
-        found = coverage(self.cells.store, model.vocab, joinids=self.cells.joinids)
+        found = coverage(self.cells.store, vocab, joinids=self.cells.joinids)
         return {
-            "gene_map_id": model.vocab.fingerprint[:16],
+            "gene_map_id": vocab.fingerprint[:16],
             "genes_in": found.genes_in_store,
             "genes_matched": found.genes_matched,
             "umi_fraction_matched": found.count_fraction,

@@ -27,6 +27,7 @@ from cellray.bench.entries import (
     left_out,
     made_by,
 )
+from cellray.bench.genes import gene_rows, vocabulary_of
 from cellray.bench.record import kept_file, record, record_failure
 from cellray.bench.rows import Status
 from cellray.bench.setting import Parent, Setting, open_setting
@@ -101,6 +102,12 @@ class Work:
     seeds: tuple[int, ...]
 
 
+def _entries(setting: Setting) -> list[Entry]:
+    """All rows of a data set's table; those on a model's genes need the models to be there."""
+    rows = entries_of(setting)
+    return [*rows, *gene_rows(setting, rows)]
+
+
 def _directory(run: BenchmarkRun) -> RunDirectory:
     return RunDirectory(run.checkpoint.dir, run.name)
 
@@ -131,6 +138,9 @@ def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
                 for k in set(kept) | set(now)
                 if kept.get(k) != now.get(k) and not k.startswith(free)
             )
+            if entry.kind == "baseline" and entry.base:
+                genes = vocabulary_of(setting, entry, seed).fingerprint[:16]
+                differ += ["the genes of its model"] * (row["gene_map_id"] != genes)
             checkpoint = checkpoint_of(setting, entry, seed)
             if checkpoint and row["checkpoint_sha256"] != weights_sha256(checkpoint):
                 differ.append(f"the weights in '{checkpoint}'")
@@ -172,7 +182,7 @@ def check_benchmark(run: BenchmarkRun) -> list[str]:
     lines = []
     for name in run.datasets:
         setting = open_setting(run, name)
-        entries = entries_of(setting)
+        entries = _entries(setting)
         split = setting.first.split
         _check_models(setting, entries)
         if run.checkpoint.resume != "never":
@@ -345,7 +355,7 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
     for name, setting in settings.items():
         for warning in (*left_out(setting), *setting.guards.warnings):
             say(f"{name}: warning: {warning}")
-        entries[name] = entries_of(setting)
+        entries[name] = _entries(setting)
         parents[name] = _parent(setting, uri) if run.tracking.enabled else None
     settings = {name: replace(s, parent=parents[name]) for name, s in settings.items()}
     works = [work for name, s in settings.items() for work in _to_do(s, entries[name])]

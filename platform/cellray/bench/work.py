@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -20,12 +20,14 @@ import torch
 
 from cellray.baselines.base import (
     BaselineUnit,
+    CellCounts,
     Labelled,
     annotate_with,
     baseline,
     embed_with,
 )
 from cellray.bench.entries import Entry, finetune_run, made_by, run_directory
+from cellray.bench.genes import genes_known, loaded, vocabulary_of
 from cellray.bench.heads import HEAD_TRIALS, logistic_head, neighbour_head
 from cellray.bench.setting import Part, Setting
 from cellray.bench.table import ResultRow
@@ -111,12 +113,18 @@ def _scope(setting: Setting, part: Part, own: str) -> str:
     return ", ".join(p for p in parts if p)
 
 
-def _probed(setting: Setting, part: Part, unit: BaselineUnit, config: Any) -> dict[str, float]:
+def _probed(
+    setting: Setting,
+    part: Part,
+    unit: BaselineUnit,
+    config: Any,
+    counts: Callable[[I64], CellCounts],
+) -> dict[str, float]:
     """A baseline of labels in a table of embeddings: by the folds that probe each embedding."""
     known = part.asked[setting.labelled(part.asked)]
     labels = setting.truth(known)
     rows = scored_rows(labels)
-    cells, folds = setting.counts(known[rows]), probe_folds(labels[rows])
+    cells, folds = counts(known[rows]), probe_folds(labels[rows])
     names, codes = np.unique(labels[rows].astype(str), return_inverse=True)
 
     def predict(inside: I64, outside: I64) -> npt.NDArray[Any]:
@@ -127,28 +135,39 @@ def _probed(setting: Setting, part: Part, unit: BaselineUnit, config: Any) -> di
     return probe_labels(folds, predict) | folds.counts
 
 
+def _counts(setting: Setting, part: Part, entry: Entry) -> Callable[[I64], CellCounts]:
+    """Where a baseline has its counts from: all genes, or those of a method's model."""
+    if not entry.base:
+        return setting.counts
+    genes = np.flatnonzero(genes_known(setting, vocabulary_of(setting, entry, part.seed)))
+    return lambda joinids: setting.counts(joinids).only(genes)
+
+
 def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
     unit = baseline(entry.unit)
     config = unit.config(name=unit.name)
     started = time.perf_counter()
+    counts = _counts(setting, part, entry)
     if setting.unit.answers == "embedding" and "embedding" not in unit.answers:
-        answer = Answer(part.asked, probed=_probed(setting, part, unit, config))
+        answer = Answer(part.asked, probed=_probed(setting, part, unit, config, counts))
     elif setting.unit.answers == "embedding":
         joinids = part.asked
-        cells = setting.counts(joinids)
+        cells = counts(joinids)
         truth = setting.label_codes(joinids) if unit.needs_labels else None
         embedding = embed_with(unit, config, cells, part.seed, truth=truth)
         answer = Answer(joinids, embedding=embedding)
     else:
         joinids = part.split.test
-        train, query = setting.counts(part.split.train), setting.counts(joinids)
+        train, query = counts(part.split.train), counts(joinids)
         codes = setting.codes(part, part.split.train)
         answer = _named(part, annotate_with(unit, config, train, codes, query, part.seed), joinids)
     seconds = time.perf_counter() - started
+    lost = setting.gene_loss(vocabulary_of(setting, entry, part.seed)) if entry.base else {}
     row = replace(
         setting.template,
         method=entry.name,
         method_family=entry.family,
+        base_method=entry.base,
         seed=part.seed,
         seed_scope=_scope(setting, part, unit.seed_scope),
         params_json=json.dumps(made_by(setting, entry, part.seed)),
@@ -158,6 +177,7 @@ def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
         cpu_hours=seconds / 3600,
         gpu_hours=0.0,
         n_gpus=0,
+        **_fields(lost),
     )
     remark = ("transductive: sees the counts of test cells",) if unit.transductive else ()
     return Outcome(answer, row, to_dict(config), remarks=remark)
@@ -166,17 +186,12 @@ def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
 @lru_cache(maxsize=8)
 def weights_sha256(path: str) -> str:
     """SHA-256 over the weights and the vocabulary of a model."""
-    model = _loaded(path)
+    model = loaded(path)
     digest = hashlib.sha256(model.vocab.fingerprint.encode())
     for name, value in sorted(model.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().numpy().tobytes())
     return digest.hexdigest()
-
-
-@lru_cache(maxsize=2)
-def _loaded(path: str) -> LoadedModel:
-    return load(path)
 
 
 def drawn_model(manifest: Manifest, vocab: Vocab, seed: int) -> LoadedModel:
@@ -190,7 +205,7 @@ def _body(setting: Setting, entry: Entry, seed: int) -> LoadedModel:
     """The frozen model of an entry: its checkpoint, or drawn weights in the same architecture."""
     assert entry.method is not None
     if entry.method.model:
-        model = _loaded(entry.method.model)
+        model = loaded(entry.method.model)
         if entry.kind == "frozen":
             return model
         return drawn_model(model.manifest, model.vocab, seed)
@@ -292,7 +307,7 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
         **_overlap_fields(seen),
         tuning_budget=max(entry.method.tuning_budget, HEAD_TRIALS if head == "logistic" else 1),
         params_json=json.dumps(made_by(setting, entry, part.seed)),
-        **_fields({**sizes, **setting.gene_loss(model)}),
+        **_fields({**sizes, **setting.gene_loss(model.vocab)}),
     )
 
 
@@ -361,7 +376,7 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         wall_s=seconds,
         cells_per_s=result.trained.metrics.get("cells_per_s"),
         mfu_real=result.trained.metrics.get("mfu"),
-        **_fields({**result.params, **setting.gene_loss(model)}),
+        **_fields({**result.params, **setting.gene_loss(model.vocab)}),
     )
     remarks = setting.trained_remarks(part, result.train_accuracy)
     if goes_on:
@@ -390,7 +405,7 @@ def answer_of(setting: Setting, part: Part, entry: Entry) -> Outcome:
 
 def checkpoint_of(setting: Setting, entry: Entry, seed: int) -> str:
     """The checkpoint whose weights an entry starts from, "" if it draws its own or has none."""
-    if entry.method is None or entry.kind == "random" or entry.scratch:
+    if entry.method is None or entry.kind in ("baseline", "random") or entry.scratch:
         return ""
     return entry.method.model or finetune_run(setting, entry, seed).init_from
 

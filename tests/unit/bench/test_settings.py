@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from cellray.baselines.base import annotate_with, baseline
 from cellray.bench.entries import entries_of, finetune_run, left_out
+from cellray.bench.genes import gene_rows, genes_known, vocabulary_of
 from cellray.bench.setting import open_setting
 from cellray.bench.suite import check_benchmark
+from cellray.bench.work import answer_of
 from cellray.core.errors import CheckpointError, ConfigError, DataError
 from cellray.core.section import read_toml, to_toml
 from cellray.runs import build_run
@@ -186,3 +189,32 @@ def test_a_scratch_file_beside_no_row_from_scratch_is_refused(small_store, tmp_p
     ):
         with pytest.raises(ConfigError, match=text):
             entries_of(open_setting(bench(small_store, tmp_path, methods={"m": method}), "store"))
+
+
+def test_a_model_that_knows_few_genes_brings_a_baseline_on_these_alone(small_store, tmp_path):
+    few = method_file(tmp_path, data={"uri": "elsewhere", "vocab_genes": 9})
+    (tmp_path / "all").mkdir()
+    run = bench(
+        small_store, tmp_path,
+        methods={"few": few, "again": few, "whole": method_file(tmp_path / "all")},
+    )  # fmt: skip
+    setting = open_setting(run, "store")
+    entries = entries_of(setting)
+    (row,) = gene_rows(setting, entries)  # once a set of genes, and not where all are known
+    assert (row.name, row.kind, row.family, row.base, row.unit) == (
+        "few_genes", "baseline", "baseline", "few", "logistic",
+    )  # fmt: skip
+    part = setting.part(0)
+    genes = genes_known(setting, vocabulary_of(setting, row, 0))
+    assert genes.sum() == 9
+    found = answer_of(setting, part, row)
+    assert (found.row.base_method, found.row.genes_matched) == ("few", 9)
+    train, test = setting.counts(part.split.train), setting.counts(part.split.test)
+    codes = setting.codes(part, part.split.train)
+    unit = baseline("logistic")
+    config = unit.config(name="logistic")
+    want = annotate_with(unit, config, train.only(genes), codes, test.only(genes), 0)
+    names = np.asarray(part.targets.classes)
+    np.testing.assert_array_equal(found.answer.labels, names[want.codes])
+    whole = answer_of(setting, part, next(e for e in entries if e.name == "logistic"))
+    assert not np.array_equal(whole.answer.confidence, found.answer.confidence)
