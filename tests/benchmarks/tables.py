@@ -5,7 +5,7 @@
 pretrained (cells of two pancreas donors and of a PBMC donor; none of the test cells), tunes the
 learning rate of each fine-tuned row and of each row from scratch in as many trials as logistic
 regression has strengths to choose from, and runs one benchmark a task. Everything is kept in
-FOLDER: the same command goes on where it was stopped.
+FOLDER, the tables as ``annotation.md`` and so on: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -273,6 +273,11 @@ def main() -> None:
         say("\n".join(result.lines()))
         boards = {k: json.loads(v.to_json(orient="records")) for k, v in result.tables.items()}
         (folder / f"{name}.json").write_text(json.dumps(boards, indent=1))
+        shown = [
+            f"## {name}: {one}\n\n{(folder / name / one / 'leaderboard.md').read_text()}"
+            for one in result.tables
+        ]
+        (folder / f"{name}.md").write_text("\n".join(shown))
 
 
 if __name__ == "__main__":
