@@ -21,16 +21,9 @@ from cellray.data.config import DataSection
 if TYPE_CHECKING:
     from cellray.runs import BenchmarkRun
 
-__all__ = ["CONTROLS", "DatasetSection", "MethodSection", "method_section", "plug_benchmark"]
+__all__ = ["DatasetSection", "MethodSection", "method_section", "plug_benchmark"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-
-# Automatic control rows: suffix of the row's name -> what it is.
-CONTROLS: Mapping[str, str] = {
-    "scratch": "the same architecture and configuration, weights drawn anew",
-    "genes": "a baseline on the genes alone that the method's model knows",
-    "random": "the body as it is drawn, frozen: what the head alone can do",
-}
 
 
 class MethodSection(Section):

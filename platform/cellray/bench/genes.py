@@ -54,7 +54,7 @@ def _baseline_for(setting: Setting) -> str:
 
 
 def gene_rows(setting: Setting, entries: Sequence[Entry]) -> list[Entry]:
-    """A row ``NAME_genes`` for each set of genes that some method's model is confined to.
+    """A row ``logistic_on_NAME_genes`` for each set of genes that some method's model is confined to.
 
     Args:
         setting: the data set.
@@ -75,6 +75,6 @@ def gene_rows(setting: Setting, entries: Sequence[Entry]) -> list[Entry]:
         found = coverage(setting.cells.store, vocab, joinids=setting.cells.joinids)
         if found.count_fraction < ENOUGH:
             unit = _baseline_for(setting)
-            name = f"{entry.name}_genes"
+            name = f"{unit}_on_{entry.name}_genes"
             rows.append(Entry(name, "baseline", "baseline", entry.name, entry.method, unit=unit))
     return rows

@@ -108,8 +108,8 @@ class TrainSection(Section):
         bad_steps: what happens to a step whose loss or gradient is not finite, or whose loss
             explodes: ``stop`` ends the run, ``skip`` leaves the step out and goes on. Either way
             the run directory's ``bad_steps`` gets the ids of its cells.
-        explosion_factor: a loss above this many times the median of the last 50, and above the
-            median of the run's first 20, counts as exploded; 0 never.
+        explosion_factor: a loss above this many times the median of the last 50, and above twice
+            the highest of the run's first 20, counts as exploded; 0 never.
         max_bad_steps: ``skip`` gives up after so many bad steps one after another.
         log_cells: write the ids of the cells of every step to the run directory's ``cells``.
         profile_steps: first and last step to record on rank 0 as a profiler trace in the run

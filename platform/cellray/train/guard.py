@@ -19,6 +19,7 @@ __all__ = ["LossGuard", "write_bad_step"]
 
 _REMEMBERED = 50
 _ENOUGH = 20
+_HIGH = 2.0  # times the highest of the first losses, which knew nothing
 
 
 class LossGuard:
@@ -27,8 +28,8 @@ class LossGuard:
     Args:
         policy: ``stop`` or ``skip``.
         factor: a loss above this many times the median of the last 50 has exploded, once there
-            are 20, if it is also above the median of the run's first 20: a model that has learnt
-            its cells by heart is not stopped by a hard one; 0 never.
+            are 20, if it is also above twice the highest of the run's first 20: a model that has
+            learnt its cells by heart is not stopped by a hard one; 0 never.
         most: bad steps in a row that ``skip`` puts up with.
         state: what :meth:`state` gave when the checkpoint was written, {} for a new run.
     """
@@ -54,7 +55,7 @@ class LossGuard:
         if not self._factor or self._began is None:
             return math.inf
         median = statistics.median(self._recent)
-        return max(self._factor * median, self._began) if median > 0 else math.inf
+        return max(self._factor * median, _HIGH * self._began) if median > 0 else math.inf
 
     def state(self) -> dict[str, Any]:
         """What a run that goes on must know."""
@@ -70,7 +71,7 @@ class LossGuard:
         if stats.taken:
             self._recent.append(stats.loss)
             if self._began is None and len(self._recent) == _ENOUGH:
-                self._began = statistics.median(self._recent)
+                self._began = max(self._recent)
             self._in_a_row = 0
         else:
             self._in_a_row += 1
@@ -105,7 +106,8 @@ def _words(stats: StepStats, limit: float) -> str:
     if stats.loss > limit:
         return (
             f"the loss exploded: {stats.loss:.6g}, more than {limit:.6g} "
-            "(train.explosion_factor x the median of the steps before, at least the first ones')"
+            "(train.explosion_factor x the median of the steps before, at least twice the "
+            "highest of the first ones)"
         )
     return f"the gradient's norm is {stats.gradient_norm} (loss {stats.loss:.6g})"
 

@@ -202,7 +202,7 @@ def test_a_model_that_knows_few_genes_brings_a_baseline_on_these_alone(small_sto
     entries = entries_of(setting)
     (row,) = gene_rows(setting, entries)  # once a set of genes, and not where all are known
     assert (row.name, row.kind, row.family, row.base, row.unit) == (
-        "few_genes", "baseline", "baseline", "few", "logistic",
+        "logistic_on_few_genes", "baseline", "baseline", "few", "logistic",
     )  # fmt: skip
     part = setting.part(0)
     genes = genes_known(setting, vocabulary_of(setting, row, 0))
