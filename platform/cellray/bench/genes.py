@@ -54,7 +54,7 @@ def _baseline_for(setting: Setting) -> str:
 
 
 def gene_rows(setting: Setting, entries: Sequence[Entry]) -> list[Entry]:
-    """A row ``logistic_on_NAME_genes`` for each set of genes that some method's model is confined to.
+    """A row ``logistic_on_NAME_genes`` for each set of genes that a model is confined to.
 
     Args:
         setting: the data set.
