@@ -248,6 +248,13 @@ class BenchmarkRun(Run):
         return self
 
 
+_MORE_IS_BETTER = ("accuracy", "macro_f1")  # metrics of validation; all others are errors
+
+
+def _way(metric: str) -> str:
+    return "max" if metric.rpartition("/")[2] in _MORE_IS_BETTER else "min"
+
+
 class TuneRun(Run):
     """A Ray Tune sweep of whole fine-tuning runs.
 
@@ -263,7 +270,8 @@ class TuneRun(Run):
         concurrent: trials at a time; the whole population with ``pbt``.
         trial_cpus: logical CPUs that a trial reserves beside the workers of its training run.
         metric: a validation metric that reports carry; trials are compared by it.
-        mode: whether it is minimised or maximised.
+        mode: ``min`` or ``max``; left out, the metric says it: shares of right answers
+            (``accuracy``, ``macro_f1``) are maximised, losses and errors minimised.
         grace_reports: reports a trial may make before ASHA may stop it.
         reduction_factor: ASHA keeps one in this many at each rung.
         exploit_reports: reports between two moments at which ``pbt`` compares a trial.
@@ -290,12 +298,25 @@ class TuneRun(Run):
     checkpoint: CheckpointSection = CheckpointSection()
     tracking: TrackingSection = TrackingSection()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_mode(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and not raw.get("mode"):
+            return {**raw, "mode": _way(str(raw.get("metric", "validation/loss")))}
+        return raw
+
     @model_validator(mode="after")
     def _judged_on_validation(self) -> TuneRun:
         if not self.metric.startswith("validation/"):
             raise ValueError(
                 f"metric = '{self.metric}': trials are compared on validation cells only; give a "
                 "metric of theirs, e.g. 'validation/loss'"
+            )
+        way = _way(self.metric)
+        if self.mode != way:
+            raise ValueError(
+                f"mode = '{self.mode}' would choose the worst trial by {self.metric}; leave mode "
+                f"out, it is '{way}'"
             )
         if self.scheduler == "pbt" and self.algorithm == "optuna":
             raise ValueError(

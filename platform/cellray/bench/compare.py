@@ -236,7 +236,7 @@ def _kept(folder: Path) -> list[Found]:
     for row in rows:
         unit = task(row.task)
         one = Found(
-            folder.name,
+            folder.parent.name if (folder.parent / "run.json").is_file() else folder.name,
             [row],
             notes.get("headline", unit.headline),
             tuple(notes.get("compulsory", unit.compulsory)),
@@ -276,6 +276,8 @@ def merged(groups: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]
             ]
             there = kept.get(renamed[method], [])
             bases = dict.fromkeys(base for row in [*there, *mine] for base in row.bases)
+            good = {row.seed for row in mine if row.status == "ok"}
+            there = [row for row in there if row.status == "ok" or row.seed not in good]
             seeds = {row.seed for row in there}
             both = [*there, *(row for row in mine if row.seed not in seeds)]
             kept[renamed[method]] = [replace(row, base_method=", ".join(bases)) for row in both]
@@ -289,9 +291,12 @@ def _differ(there: Sequence[ResultRow] | None, own: Sequence[ResultRow]) -> bool
         return {
             (r.method_family, r.config_sha256 or seedless(r.params_json), r.checkpoint_sha256)
             for r in rows
+            if r.status == "ok"  # a run that failed does not say what it was made of
         }
 
-    return there is not None and made_of(there) != made_of(own)
+    if there is None or not made_of(there) or not made_of(own):
+        return False
+    return made_of(there) != made_of(own)
 
 
 def _free(method: str, name: str, kept: Mapping[str, object]) -> str:

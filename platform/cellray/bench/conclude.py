@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,17 @@ def _models(setting: Setting, entries: Sequence[Entry]) -> dict[str, str]:
     return found
 
 
+def _unshown(setting: Setting) -> list[str]:
+    """Seeds that were run and are not among those asked for now: which ones count was fixed."""
+    found = (
+        re.search(r"-seed(\d+)\.json$", f.name) for f in (setting.directory / "results").glob("*")
+    )
+    left = sorted({int(match[1]) for match in found if match} - set(setting.run.seeds))
+    if not left:
+        return []
+    return [f"seeds {', '.join(map(str, left))} were run too and are not shown (seeds)"]
+
+
 def _twins(setting: Setting, entries: Sequence[Entry]) -> list[str]:
     """Methods whose answers hardly differ (99.9 %): several names for one result."""
     answers = {}
@@ -87,7 +99,7 @@ def conclude(setting: Setting, entries: Sequence[Entry]) -> Table:
     rows = measured + reported_for(setting.unit.name, setting.dataset_id)
     board = leaderboard(rows, headline=setting.unit.headline, compulsory=compulsory_of(setting))
     text = f"{setting.unit.name}, {setting.dataset_id}\n{render_terminal(board)}"
-    warnings = (*setting.guards.warnings, *_twins(setting, entries))
+    warnings = (*setting.guards.warnings, *_unshown(setting), *_twins(setting, entries))
     _keep(setting, rows, board, warnings)
     try:
         pictures = pictures_of(setting, entries, board)

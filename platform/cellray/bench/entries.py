@@ -20,7 +20,15 @@ from cellray.train.tracking import tracking_uri
 if TYPE_CHECKING:
     from cellray.runs import BenchmarkRun, FinetuneRun
 
-__all__ = ["Entry", "compulsory_of", "entries_of", "finetune_run", "made_by", "run_directory"]
+__all__ = [
+    "Entry",
+    "check_names",
+    "compulsory_of",
+    "entries_of",
+    "finetune_run",
+    "made_by",
+    "run_directory",
+]
 
 Kind = Literal["baseline", "finetune", "frozen", "random"]
 
@@ -132,7 +140,8 @@ def _of_method(setting: Setting, name: str) -> list[Entry]:
     if method.model:
         rows = [Entry(name, "frozen", "foundation_zs", method=method)]
     else:
-        pretrained = bool(_raw(setting, method, method.config).get("init_from"))
+        raw = _raw(setting, method, method.config)
+        pretrained = bool(raw.get("init_from")) and bool(raw.get("init_weights", True))
         if method.scratch_config and not pretrained:
             raise ConfigError(
                 f"method '{name}' has scratch_config = '{method.scratch_config}', but its own "
@@ -173,6 +182,16 @@ def entries_of(setting: Setting) -> list[Entry]:
     rows = _baselines(setting)
     for name in {**setting.run.methods, **setting.section.methods}:
         rows += _of_method(setting, name)
+    check_names(rows)
+    return rows
+
+
+def check_names(rows: Sequence[Entry]) -> None:
+    """See that every row has a name of its own.
+
+    Raises:
+        ConfigError: two have one.
+    """
     names = [row.name for row in rows]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -180,12 +199,12 @@ def entries_of(setting: Setting) -> list[Entry]:
             f"two rows would be called {', '.join(twice)}; give methods names that no baseline and "
             "no control has"
         )
-    return rows
 
 
 def _raw(setting: Setting, method: MethodSection, path: str) -> dict[str, object]:
     read = setting.files.get(path) or read_toml(path)
-    raw = apply_overrides(read, method.overrides)
+    own = method.overrides if path == method.config else []
+    raw = apply_overrides(read, own)
     return apply_overrides(raw, [*setting.run.overrides, *setting.section.overrides])
 
 

@@ -45,7 +45,7 @@ class Method:
     @cached_property
     def varies(self) -> bool:
         """Whether a seed changes anything."""
-        return any(row.seed_scope for row in self.rows)
+        return any(row.seed_scope for row in self.rows if row.status == "ok")
 
     def values(self, metric: str) -> dict[int, float]:
         """Values by seed, of the runs that worked."""

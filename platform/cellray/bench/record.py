@@ -42,10 +42,15 @@ def kept_file(setting: Setting, entry: Entry, seed: int) -> Path:
 def _written(file: Path, write: Any) -> Path:
     """A file that appears whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial{file.suffix}")
+    partial = file.with_name(f"{file.name}.partial")
     write(partial)
     os.replace(partial, file)
     return file
+
+
+def _save(path: Path, vectors: npt.NDArray[Any]) -> None:
+    with path.open("wb") as file:  # by name, NumPy would add a suffix
+        np.save(file, vectors)
 
 
 def _keep_answer(setting: Setting, entry: Entry, seed: int, answer: Answer) -> tuple[Path, str]:
@@ -60,7 +65,7 @@ def _keep_answer(setting: Setting, entry: Entry, seed: int, answer: Answer) -> t
         file = file.with_suffix(".csv")
     elif answer.embedding is not None:
         vectors = answer.embedding
-        _written(file.with_suffix(".npy"), lambda path: np.save(path, vectors))
+        _written(file.with_suffix(".npy"), lambda path: _save(path, vectors))
         file = file.with_suffix(".npy")
     else:
         scores = json.dumps(dict(answer.probed or {}))

@@ -21,6 +21,7 @@ import ray
 from cellray.bench.conclude import Table, conclude, write_page
 from cellray.bench.entries import (
     Entry,
+    check_names,
     compulsory_of,
     entries_of,
     finetune_run,
@@ -36,11 +37,13 @@ from cellray.bench.work import (
     answering_model,
     checkpoint_of,
     tokens_of,
+    tuning_budget,
     weights_sha256,
 )
-from cellray.core.errors import CellrayError, ConfigError
+from cellray.core.errors import CellrayError, ConfigError, DataError
 from cellray.core.section import flatten, read_toml, to_dict
 from cellray.metrics.base import metric
+from cellray.train.checkpoint import Manifest
 from cellray.train.finetune import prepare_finetune
 from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import Tracker, check_tracking, open_command, tracking_uri
@@ -105,7 +108,9 @@ class Work:
 def _entries(setting: Setting) -> list[Entry]:
     """All rows of a data set's table; those on a model's genes need the models to be there."""
     rows = entries_of(setting)
-    return [*rows, *gene_rows(setting, rows)]
+    rows += gene_rows(setting, rows)
+    check_names(rows)
+    return rows
 
 
 def _directory(run: BenchmarkRun) -> RunDirectory:
@@ -138,6 +143,8 @@ def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
                 for k in set(kept) | set(now)
                 if kept.get(k) != now.get(k) and not k.startswith(free)
             )
+            if row["tuning_budget"] != tuning_budget(setting, entry):
+                differ.append("tuning_budget")
             if entry.kind == "baseline" and entry.base:
                 genes = vocabulary_of(setting, entry, seed).fingerprint[:16]
                 differ += ["the genes of its model"] * (row["gene_map_id"] != genes)
@@ -159,13 +166,43 @@ def _check_models(setting: Setting, entries: Sequence[Entry]) -> None:
         CellrayError: a checkpoint is missing or torn, or does not fit the cells.
     """
     seed = setting.run.seeds[0]
+    made: dict[str, Manifest] = {}
     for entry in entries:
         if entry.kind == "finetune":
-            prepare_finetune(finetune_run(setting, entry, seed))
+            made[entry.name] = prepare_finetune(finetune_run(setting, entry, seed)).job.manifest
+            if entry.base in made:
+                _check_alike(entry, made[entry.name], made[entry.base])
         elif entry.kind == "frozen":
             model = answering_model(setting, entry, seed)
             assert model is not None
             tokens_of(setting, entry, seed, model)
+
+
+def _check_alike(entry: Entry, scratch: Manifest, other: Manifest) -> None:
+    """The row from scratch is the same architecture over the same genes, whatever its file says.
+
+    Raises:
+        ConfigError: it is another.
+    """
+
+    def shape(manifest: Manifest) -> dict[str, object]:
+        free = ("dropout", "drop_path")
+        model = {k: v for k, v in manifest.model.items() if not k.endswith(free)}
+        return {
+            "family": manifest.family,
+            "model": model,
+            "tokenizer": manifest.tokenizer,
+            "vocabulary": manifest.vocab_fingerprint,
+        }
+
+    ours, theirs = shape(scratch), shape(other)
+    for what in ours:
+        if ours[what] != theirs[what]:
+            raise ConfigError(
+                f"'{entry.name}' is to be '{entry.base}' from scratch, but the {what} of "
+                f"'{entry.config}' is another than that of '{entry.base}'; start both files from "
+                "one checkpoint (init_from), the one from scratch with init_weights = false"
+            )
 
 
 def check_benchmark(run: BenchmarkRun) -> list[str]:
@@ -348,36 +385,39 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
         CellrayError: as in :func:`check_benchmark`, before anything is trained.
     """
     check_benchmark(run)
-    uri = tracking_uri(run.tracking, run.checkpoint.dir)
-    settings = {name: open_setting(run, name) for name in run.datasets}
-    _enter(run, settings)
-    entries, parents = {}, {}
-    for name, setting in settings.items():
-        for warning in (*left_out(setting), *setting.guards.warnings):
-            say(f"{name}: warning: {warning}")
-        entries[name] = _entries(setting)
-        parents[name] = _parent(setting, uri) if run.tracking.enabled else None
-    settings = {name: replace(s, parent=parents[name]) for name, s in settings.items()}
-    works = [work for name, s in settings.items() for work in _to_do(s, entries[name])]
-    status = "FAILED"
-    try:
-        if works:
-            at_a_time = _start_ray(run, settings, entries)
-            if at_a_time < run.concurrent:
-                say(f"the cluster has room for {at_a_time} of concurrent = {run.concurrent}")
-            with kept_interrupt():
-                _Queue(run, parents, say, at_a_time).run(works, settings)
-        tables = [conclude(s, entries[name]) for name, s in settings.items()]
-        result = _result(run, tables, uri)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        for parent in parents.values():
-            if parent is not None:
-                Tracker(parent.uri, parent.run_id).end(status)
-    return result
+    with _directory(run).held():
+        uri = tracking_uri(run.tracking, run.checkpoint.dir)
+        settings = {name: open_setting(run, name) for name in run.datasets}
+        _enter(run, settings)
+        entries, parents = {}, {}
+        for name, setting in settings.items():
+            for warning in (*left_out(setting), *setting.guards.warnings):
+                say(f"{name}: warning: {warning}")
+            entries[name] = _entries(setting)
+            parents[name] = _parent(setting, uri) if run.tracking.enabled else None
+        settings = {name: replace(s, parent=parents[name]) for name, s in settings.items()}
+        works = [work for name, s in settings.items() for work in _to_do(s, entries[name])]
+        status = "FAILED"
+        try:
+            if works:
+                at_a_time = _start_ray(run, settings, entries)
+                if at_a_time < run.concurrent:
+                    say(f"the cluster has room for {at_a_time} of concurrent = {run.concurrent}")
+                with kept_interrupt():
+                    _Queue(run, parents, say, at_a_time).run(works, settings)
+            tables, wrong = _conclude(settings, entries, say)
+            result = _result(run, tables, uri) if tables else None
+            if wrong or result is None:
+                raise DataError("; ".join(f"{name}: {error}" for name, error in wrong.items()))
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        finally:
+            for parent in parents.values():
+                if parent is not None:
+                    Tracker(parent.uri, parent.run_id).end(status)
+        return result
 
 
 def _start_ray(
@@ -395,6 +435,20 @@ def _start_ray(
     ensure_ray(largest, extra_cpus=1.0)
     each = 1.0 + (cpus_needed(largest) if largest else 0.0)
     return max(1, min(run.concurrent, int(ray.cluster_resources().get("CPU", 1) // each)))
+
+
+def _conclude(
+    settings: Mapping[str, Setting], entries: Mapping[str, Sequence[Entry]], say: Say
+) -> tuple[list[Table], dict[str, str]]:
+    """The tables that can be shown, and why the others cannot: one bad set hides no other."""
+    tables, wrong = [], {}
+    for name, setting in settings.items():
+        try:
+            tables.append(conclude(setting, entries[name]))
+        except CellrayError as error:
+            wrong[name] = str(error)
+            say(f"{name}: no table: {error}")
+    return tables, wrong
 
 
 def _result(run: BenchmarkRun, tables: Sequence[Table], uri: str) -> BenchmarkResult:

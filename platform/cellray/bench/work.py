@@ -34,6 +34,7 @@ from cellray.bench.table import ResultRow
 from cellray.core.errors import DataError
 from cellray.core.section import to_dict
 from cellray.data.corpus import Overlap, overlap
+from cellray.data.stats import MIN_COUNT_FRACTION
 from cellray.data.tokens import TokenSource
 from cellray.data.vocab import Vocab
 from cellray.guards.training import effective_batch
@@ -171,7 +172,7 @@ def _baseline(setting: Setting, part: Part, entry: Entry) -> Outcome:
         seed=part.seed,
         seed_scope=_scope(setting, part, unit.seed_scope),
         params_json=json.dumps(made_by(setting, entry, part.seed)),
-        tuning_budget=unit.trials(config),
+        tuning_budget=tuning_budget(setting, entry),
         overlap_flag="none",
         wall_s=seconds,
         cpu_hours=seconds / 3600,
@@ -220,6 +221,18 @@ def _head(setting: Setting, entry: Entry) -> str:
     return "knn" if setting.unit.neighbours else "logistic"
 
 
+def tuning_budget(setting: Setting, entry: Entry) -> int:
+    """Trials spent on a row's configuration, those of its head among them."""
+    if entry.kind == "baseline":
+        unit = baseline(entry.unit)
+        return int(unit.trials(unit.config(name=unit.name)))
+    labels = setting.unit.answers == "labels"
+    if entry.kind == "finetune":
+        return entry.tuning_budget
+    head = HEAD_TRIALS if labels and _head(setting, entry) == "logistic" else 1
+    return max(entry.tuning_budget if entry.kind == "frozen" else 1, head)
+
+
 def tokens_of(setting: Setting, entry: Entry, seed: int, model: LoadedModel) -> TokenSource:
     """What turns the set's cells into the tokens of an entry's model.
 
@@ -254,22 +267,26 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     else:
         answer = Answer(joinids, embedding=vectors[at])
     seconds = time.perf_counter() - started
-    return Outcome(
-        answer,
-        replace(
-            _model_row(setting, entry, part, model),
-            wall_s=seconds,
-            cpu_hours=seconds / 3600,
-            gpu_hours=0.0,
-            n_gpus=0,
-            cells_per_s=rate,
-        ),
-        {"model": model.path, "head": _head(setting, entry) if labels_asked else ""},
+    row = replace(
+        _model_row(setting, entry, part, model),
+        wall_s=seconds,
+        cpu_hours=seconds / 3600,
+        gpu_hours=0.0,
+        n_gpus=0,
+        cells_per_s=rate,
     )
+    made = {"model": model.path, "head": _head(setting, entry) if labels_asked else ""}
+    return Outcome(answer, row, made, remarks=_loss_remarks(row))
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
+
+
+def _loss_remarks(row: ResultRow) -> tuple[str, ...]:
+    """A flag on a model that knows less than 60 % of the counts."""
+    share = 1.0 if row.umi_fraction_matched is None else row.umi_fraction_matched
+    return (f"knows {share:.0%} of the counts",) if share < MIN_COUNT_FRACTION else ()
 
 
 def _overlap_fields(seen: Overlap | None) -> dict[str, Any]:
@@ -287,9 +304,10 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
     """The fields that say which model answered, which genes it knows and what it has seen."""
     assert entry.method is not None
     random = entry.kind == "random"
-    seen = None if random or entry.scratch else overlap(model.path, setting.cells, part.asked)
+    seen = None if random or entry.scratch else overlap(model.folder, setting.cells, part.asked)
     backbone = model.backbone
     sizes = {**count_parameters(backbone), "n_params_trainable": 0}
+    lost = setting.gene_loss(model.vocab)
     own = "" if entry.kind == "frozen" else "initial weights"
     head = _head(setting, entry) if setting.unit.answers == "labels" else ""
     if head == "logistic":
@@ -305,9 +323,9 @@ def _model_row(setting: Setting, entry: Entry, part: Part, model: LoadedModel) -
         checkpoint_id="" if random else entry.method.model,
         checkpoint_sha256="" if random else weights_sha256(model.path),
         **_overlap_fields(seen),
-        tuning_budget=max(entry.method.tuning_budget, HEAD_TRIALS if head == "logistic" else 1),
+        tuning_budget=tuning_budget(setting, entry),
         params_json=json.dumps(made_by(setting, entry, part.seed)),
-        **_fields({**sizes, **setting.gene_loss(model.vocab)}),
+        **_fields({**sizes, **lost}),
     )
 
 
@@ -349,8 +367,9 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         answer = Answer(part.asked, embedding=embed_cells(model, source, part.asked))
     seconds = time.perf_counter() - started
     gpus = run.scale.workers * run.scale.gpus_per_worker
+    lost = setting.gene_loss(model.vocab)
     init = run.init_from if not entry.scratch else ""
-    seen = overlap(init, setting.cells, part.asked) if init else None
+    seen = overlap(loaded(init).folder, setting.cells, part.asked) if init else None
     row = replace(
         setting.template,
         method=entry.name,
@@ -363,7 +382,7 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         checkpoint_sha256=weights_sha256(init) if init else "",
         **_overlap_fields(seen),
         params_json=json.dumps(to_dict(run)),
-        tuning_budget=entry.tuning_budget,
+        tuning_budget=tuning_budget(setting, entry),
         world_size=run.scale.workers,
         micro_batch=run.batch.cells_micro,
         effective_batch=effective_batch(
@@ -376,9 +395,9 @@ def _finetuned(setting: Setting, part: Part, entry: Entry) -> Outcome:
         wall_s=seconds,
         cells_per_s=result.trained.metrics.get("cells_per_s"),
         mfu_real=result.trained.metrics.get("mfu"),
-        **_fields({**result.params, **setting.gene_loss(model.vocab)}),
+        **_fields({**result.params, **lost}),
     )
-    remarks = setting.trained_remarks(part, result.train_accuracy)
+    remarks = (*setting.trained_remarks(part, result.train_accuracy), *_loss_remarks(row))
     if goes_on:
         remarks = (*remarks, "went on from a checkpoint: its hours are those of the last start")
     return Outcome(

@@ -387,10 +387,13 @@ def overlap(
     if hashed and num:
         seen = _seen(corpus, hashed, content_hashes(store, joinids, say=say))
         fraction = float(seen.mean())
-    if fraction == 0 and not _comparable(hashed, stores):
-        fraction, hashed = None, []  # that no hash is met says nothing
-    known = corpus.complete and (
-        len(hashed) == len(corpus.stages) or _all_named(corpus, sum(here.values()), num)
+    met_nothing = fraction == 0 and not _comparable(hashed, stores)
+    if met_nothing:  # ids of stores with hashes are cellray's own, after files: no evidence either
+        fraction = None
+    known = (
+        not met_nothing
+        and corpus.complete
+        and (len(hashed) == len(corpus.stages) or _all_named(corpus, sum(here.values()), num))
     )
     return replace(_judged(fraction, shared, num, known=known), corpus_id=corpus.id)
 

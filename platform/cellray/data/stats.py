@@ -230,7 +230,9 @@ def _spread(num_cells: int, max_cells: int, run: int = 64) -> I64:
     return np.unique(starts[:, None] + np.arange(run))
 
 
-def check_coverage(covered: VocabCoverage, vocab: Vocab, *, refuse: bool = False) -> list[str]:
+def check_coverage(
+    covered: VocabCoverage, vocab: Vocab, *, refuse: bool = False, chosen: bool = False
+) -> list[str]:
     """Refuse a vocabulary that shares no gene with the data; warn if it loses many counts.
 
     Values that are not counts are refused too: mostly fractions, and none as large as counts get.
@@ -240,6 +242,8 @@ def check_coverage(covered: VocabCoverage, vocab: Vocab, *, refuse: bool = False
         covered: from :func:`coverage`.
         vocab: the vocabulary.
         refuse: refuse it also if it loses many counts.
+        chosen: it is a choice of variable genes, which leaves counts out on purpose: refused is
+            then a store that lacks more than 40 % of its genes.
 
     Returns:
         Warnings, each a sentence; none if at least 60 % of the counts are covered.
@@ -271,7 +275,15 @@ def check_coverage(covered: VocabCoverage, vocab: Vocab, *, refuse: bool = False
         f"{covered.cells_sampled:,} cells looked at): "
         f"{1 - covered.count_fraction:.1%} are lost to the model"
     )
-    if refuse:
+    there = covered.genes_matched / max(len(vocab.gene_ids), 1)
+    if refuse and chosen and there < MIN_COUNT_FRACTION:
+        raise DataError(
+            f"the store has only {covered.genes_matched:,} of the {len(vocab.gene_ids):,} genes "
+            f"that the model was trained on; {told}. At least {MIN_COUNT_FRACTION:.0%} of its "
+            "genes are asked for: ingest the store with the right ingest.organism, choose a model "
+            "of these genes, or set data.allow_gene_loss = true"
+        )
+    if refuse and not chosen:
         raise DataError(
             f"{told}. At least {MIN_COUNT_FRACTION:.0%} are asked for: ingest the store with the "
             "right ingest.organism, so that symbols and versions of ids are mapped, choose a model "

@@ -61,8 +61,8 @@ def token_source(
     Args:
         model: the model.
         cells: the selection.
-        allow_gene_loss: warn where its genes cover less than 60 % of the counts, as is done where
-            they are a choice of variable genes.
+        allow_gene_loss: warn where its genes cover less than 60 % of the counts, or where, being a
+            choice of variable genes, less than 60 % of them are there.
 
     Raises:
         DataError: no gene in common, less than 60 % of the counts covered, or covariate values the
@@ -70,8 +70,9 @@ def token_source(
     """
     mapping = gene_map(cells.store, model.vocab)
     covered = coverage(cells.store, model.vocab, joinids=cells.joinids)
-    refuse = not (allow_gene_loss or model.manifest.genes_chosen)
-    warnings = check_coverage(covered, model.vocab, refuse=refuse)
+    warnings = check_coverage(
+        covered, model.vocab, refuse=not allow_gene_loss, chosen=model.manifest.genes_chosen
+    )
     unit = tokenizer_unit(model.manifest.tokenizer["name"])
     limit = unit.max_genes(build_section(unit.config, model.manifest.tokenizer))
     if cut := covered.longer_than(limit, unit.when_longer):

@@ -34,7 +34,7 @@ from cellray.models.base import (
 from cellray.tokenizers.base import Tokenizer
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 
-__all__ = ["UNASSIGNED", "LoadedModel", "block_of", "load"]
+__all__ = ["UNASSIGNED", "LoadedModel", "block_of", "load", "local_folder"]
 
 UNASSIGNED = "Unassigned"  # the label of a cell that no class is sure of
 
@@ -170,12 +170,14 @@ class LoadedModel:
         vocab: its gene space.
         manifest: how it was trained.
         path: where it was loaded from.
+        folder: where its files lie on this machine; "" for one that was not loaded.
     """
 
     model: CellModel
     vocab: Vocab
     manifest: Manifest
     path: str
+    folder: str = ""
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -342,7 +344,7 @@ def load(path: str) -> LoadedModel:
     Raises:
         CheckpointError: there is no model, or it is torn.
     """
-    folder = _local(path)
+    folder = local_folder(path)
     manifest, vocab, weights = read_checkpoint(folder)
     model = model_of(manifest, vocab)
     try:
@@ -351,10 +353,15 @@ def load(path: str) -> LoadedModel:
         raise CheckpointError(
             f"the weights in '{path}' do not fit its own configuration: {error}"
         ) from error
-    return LoadedModel(model.eval(), vocab, manifest, str(path))
+    return LoadedModel(model.eval(), vocab, manifest, str(path), str(folder))
 
 
-def _local(path: str) -> Path:
+def local_folder(path: str) -> Path:
+    """The folder of an exported model, of a run directory's, or of a copy of a model URI's.
+
+    Raises:
+        CheckpointError: the URI holds no checkpoint.
+    """
     if path.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
         from mlflow.artifacts import download_artifacts
 

@@ -379,8 +379,8 @@ def make_training_data(
     """
     mapping = gene_map(cells.store, vocab)
     covered = coverage(cells.store, vocab, joinids=cells.joinids)
-    refuse = refuse_loss and not genes_chosen and not data.allow_gene_loss
-    warnings = check_coverage(covered, vocab, refuse=refuse)
+    refuse = refuse_loss and not data.allow_gene_loss
+    warnings = check_coverage(covered, vocab, refuse=refuse, chosen=genes_chosen)
     unit = tokenizer_unit(str(to_dict(tokenizer)["name"]))
     every = len(vocab) if unit.with_zeros(tokenizer) else 0
     cut = covered.longer_than(unit.max_genes(tokenizer), unit.when_longer, every=every)

@@ -40,6 +40,7 @@ _FREE_KEYS = (
     "concurrent",
     "seeds",
     "methods.",
+    "baselines",
     "bootstrap_draws",
     "task.refuse.",
     "register_as",

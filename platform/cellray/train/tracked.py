@@ -11,6 +11,7 @@ import numpy as np
 
 from cellray.data.config import DataSection
 from cellray.data.corpus import CORPUS, record_corpus
+from cellray.infer.load import local_folder
 from cellray.train.config import CheckpointSection, TrackingSection
 from cellray.train.job import TrainJob
 from cellray.train.rules import uneven_shares
@@ -37,6 +38,12 @@ def _facts(job: TrainJob) -> dict[str, Any]:
     }
 
 
+def _weights_of(config: Mapping[str, Any]) -> str:
+    """The folder of the checkpoint whose weights a run starts with; "" if it draws its own."""
+    start = str(config.get("init_from") or "")
+    return str(local_folder(start)) if start and config.get("init_weights", True) else ""
+
+
 def _note_corpus(job: TrainJob, run: RunDirectory, say: Say) -> None:
     """Write down what the run trains on, once; the exported model takes it along."""
     if (run.path / CORPUS).is_file():
@@ -49,7 +56,7 @@ def _note_corpus(job: TrainJob, run: RunDirectory, say: Say) -> None:
         kind="finetune" if config.get("task") else "pretrain",
         run=job.name,
         timestamp=data.timestamp,
-        before=str(config.get("init_from") or ""),
+        before=_weights_of(config),
         hashes=str(config.get("data", {}).get("corpus_hashes", "auto")),
         say=say,
     )

@@ -28,10 +28,7 @@ _HELD = {
     "tracking": _OWN,
     "register_as": "only the run of best.toml is registered",
     "seed": _CELLS,
-    "task.split": _CELLS,
-    "task.label": _CELLS,
-    "task.ignore_labels": _CELLS,
-    "task.duplicates": _CELLS,
+    "task": _CELLS,
     "data.uri": _CELLS,
     "data.timestamp": _CELLS,
     "data.obs_filter": _CELLS,
@@ -42,6 +39,10 @@ _HELD = {
     "train.eval_every_steps": "trials are compared at its steps",
     "train.eval_cells": _CELLS,
 }
+# What of [task] a sweep may search: neither cells nor genes nor labels depend on it.
+_OF_TASK = ("task.donor_columns", "task.refuse", "task.umap", "task.model", "task.objective")
+# Weights of terms of the loss: with others, validation/loss is another number.
+_LOSS = ("task.objective", "objective")
 # What a run can change on its way; all else is the model's shape, or where training began.
 _CHANGEABLE = ("optim", "batch.cells_micro", "batch.tokens_micro")
 _PBT_KEEPS = 4  # checkpoints: one that another trial is to go on from must not have gone
@@ -156,9 +157,15 @@ def check_space(run: TuneRun, base: Mapping[str, Any]) -> dict[str, Any]:
     space = parse_space(run.search)
     folder = ledger_of(run).root / "check"
     for key in space:
+        allowed = any(_under(key, path) for path in _OF_TASK)
         for path, why in _HELD.items():
-            if _under(key, path) or _under(path, key):
+            if (_under(key, path) and not allowed) or _under(path, key):
                 raise ConfigError(f"search.{key} cannot be searched: {why}")
+        if run.metric == "validation/loss" and any(_under(key, path) for path in _LOSS):
+            raise ConfigError(
+                f"search.{key} changes what validation/loss is: trials could not be compared by "
+                "it; set metric to a part of the loss, e.g. 'validation/gep'"
+            )
         if run.scheduler == "pbt" and not any(_under(key, path) for path in _CHANGEABLE):
             raise ConfigError(
                 f"search.{key}: scheduler = 'pbt' changes values while a model trains, which only "

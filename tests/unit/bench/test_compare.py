@@ -287,3 +287,15 @@ def test_reported_values_stand_beside_the_real_data_they_are_of(tmp_path: Path) 
     assert "-- reported by others, not measured here --" in text
     assert "TOSICA †" in text
     assert HEAD.startswith("macro_f1")
+
+
+def test_a_failed_seed_does_not_make_another_method_of_it() -> None:
+    made = {"config_sha256": "aa", "checkpoint_sha256": "cc"}
+    one = runs("m", [0.5, 0.6], **made)
+    bad = failed_rows(row("m", None, 2, status="skipped", metric_id=""), "died")
+    rows = merged([("one", one), ("two", [*bad, row("m", 0.7, 3, **made)])])
+    assert {(r.method, r.seed, r.status) for r in rows} == {
+        ("m", 0, "ok"), ("m", 1, "ok"), ("m", 2, "failed"), ("m", 3, "ok"),
+    }  # fmt: skip
+    again = merged([("one", bad), ("two", [row("m", 0.8, 2, **made)])])
+    assert [(r.seed, r.status, r.value) for r in again] == [(2, "ok", 0.8)]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cellray.baselines.base import annotate_with, baseline
+from cellray.bench.conclude import _unshown
+from cellray.bench.config import MethodSection
 from cellray.bench.entries import entries_of, finetune_run, left_out
 from cellray.bench.genes import gene_rows, genes_known, vocabulary_of
 from cellray.bench.setting import open_setting
-from cellray.bench.suite import check_benchmark
-from cellray.bench.work import answer_of
+from cellray.bench.suite import _check_alike, check_benchmark
+from cellray.bench.work import answer_of, tuning_budget
 from cellray.core.errors import CheckpointError, ConfigError, DataError
 from cellray.core.section import read_toml, to_toml
 from cellray.runs import build_run
@@ -218,3 +222,63 @@ def test_a_model_that_knows_few_genes_brings_a_baseline_on_these_alone(small_sto
     np.testing.assert_array_equal(found.answer.labels, names[want.codes])
     whole = answer_of(setting, part, next(e for e in entries if e.name == "logistic"))
     assert not np.array_equal(whole.answer.confidence, found.answer.confidence)
+
+
+def test_a_file_that_draws_its_weights_anew_is_from_scratch(small_store, tmp_path):
+    """``init_from`` names the architecture alone there: no pretraining, and no control of it."""
+    drawn = from_checkpoint(tmp_path, "drawn", init_weights=False)
+    laid = {"config": from_checkpoint(tmp_path, "plain"), "overrides": ["init_weights=false"]}
+    run = bench(small_store, tmp_path, methods={"drawn": drawn, "laid": laid})
+    rows = {e.name: e for e in entries_of(open_setting(run, "store"))}
+    for name in ("drawn", "laid"):
+        assert (rows[name].family, rows[name].scratch) == ("from_scratch", True)
+        assert f"{name}_scratch" not in rows
+        assert f"{name}_random" in rows
+
+
+def test_overrides_are_laid_over_the_methods_own_file_alone(small_store, tmp_path):
+    file, own = method_file(tmp_path), tmp_path / "own.toml"
+    own.write_text(to_toml(read_toml(file) | {"optim": {"lr": 7e-3}}))
+    run = bench(small_store, tmp_path, methods={"m": {"config": file}})
+    setting = open_setting(run, "store")
+    entry = next(e for e in entries_of(setting) if e.name == "m")
+    method = MethodSection(config=file, scratch_config=str(own), overrides=["optim.lr=5e-5"])
+    both = replace(entry, method=method)
+    scratch = replace(both, name="m_scratch", base="m", scratch=True)
+    assert finetune_run(setting, both, 0).optim.lr == 5e-5
+    assert finetune_run(setting, scratch, 0).optim.lr == 7e-3
+
+
+def test_a_row_from_scratch_of_another_architecture_is_refused(small_store, tmp_path):
+    run = bench(small_store, tmp_path, methods={"m": method_file(tmp_path)})
+    setting = open_setting(run, "store")
+    entry = next(e for e in entries_of(setting) if e.name == "m")
+    made = prepare_finetune(finetune_run(setting, entry, 0)).job.manifest
+    scratch = replace(entry, name="m_scratch", base="m", scratch=True)
+    free = replace(made, model={**made.model, "dropout": 0.4})
+    _check_alike(scratch, free, made)
+    for what, other in (
+        ("family", replace(made, family="geneformer")),
+        ("model", replace(made, model={**made.model, "width": 32})),
+        ("vocabulary", replace(made, vocab_fingerprint="0" * 64)),
+    ):
+        with pytest.raises(ConfigError, match=f"'m' from scratch, but the {what} of"):
+            _check_alike(scratch, other, made)
+
+
+def test_a_row_shows_the_trials_that_were_spent_on_it(small_store, tmp_path):
+    methods = {"m": {"config": method_file(tmp_path), "tuning_budget": 40}}
+    setting = open_setting(bench(small_store, tmp_path, methods=methods), "store")
+    spent = {e.name: tuning_budget(setting, e) for e in entries_of(setting)}
+    assert spent["m"] == 40
+    assert spent["m_random"] == spent["logistic"] == 4  # the strengths of the head alone
+    assert spent["majority"] == spent["knn"] == 1
+
+
+def test_seeds_that_were_run_and_are_not_asked_for_are_told(small_store, tmp_path):
+    setting = open_setting(bench(small_store, tmp_path), "store")
+    results = setting.directory / "results"
+    results.mkdir(parents=True)
+    for seed in (0, 1, 7):
+        (results / f"knn-seed{seed}.json").write_text("[]")
+    assert _unshown(setting) == ["seeds 7 were run too and are not shown (seeds)"]

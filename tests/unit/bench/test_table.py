@@ -82,6 +82,14 @@ def test_spread_of_a_method_no_seed_changes_is_not_applicable_and_not_zero() -> 
     assert board.loc["knn", HEAD] == pytest.approx(0.84)
 
 
+def test_a_failed_seed_gives_no_spread_to_a_method_that_no_seed_changes() -> None:
+    bad = row("knn", None, 3, metric_id="", seed_scope="failed", status="skipped")
+    rows = [*baselines(), *failed_rows(bad, "died")]
+    board = leaderboard(rows).set_index("method")
+    assert board.loc["knn", "n_failed"] == 1
+    assert math.isnan(board.loc["knn", f"{HEAD}.sd"])
+
+
 def test_a_single_seed_has_no_spread() -> None:
     board = leaderboard([*baselines(), *runs("scgpt", [0.91])]).set_index("method")
     assert math.isnan(board.loc["scgpt", f"{HEAD}.sd"])

@@ -100,6 +100,16 @@ def test_low_coverage_warns_with_the_fraction():
     assert "75.0% are lost" in warning
 
 
+def test_chosen_genes_are_judged_by_how_many_of_them_are_there():
+    vocab = vocab_of(range(30))
+    most, few = (VocabCoverage(20_000, n, 0.05, 4096) for n in (18, 17))
+    (warning,) = check_coverage(most, vocab, refuse=True, chosen=True)
+    assert "covers only 5.0% of the counts" in warning
+    with pytest.raises(DataError, match="the store has only 17 of the 30 genes that the model"):
+        check_coverage(few, vocab, refuse=True, chosen=True)
+    assert check_coverage(few, vocab, chosen=True)
+
+
 def test_no_gene_in_common_shows_both_kinds_of_id(store):
     vocab = Vocab.from_genes(["Trp53", "Ins2"], ["Trp53", "Ins2"], specials=["<pad>"])
     expected = r"no gene in common.*ENSG00000000000.*vocabulary's like Trp53, Ins2"

@@ -85,6 +85,9 @@ def test_the_best_file_is_the_base_with_the_best_values(sweep, tmp_path):
         ({"seed": [1, 2]}, "search.seed cannot be searched: trials would be compared on different"),
         ({"task.split.test_values": [["d1"]]}, "cannot be searched: trials would be compared on d"),
         ({"task": [{"name": "annotation"}]}, "search.task cannot be searched"),
+        ({"task.query": [["d3"], ["d2"]]}, "cannot be searched: trials would be compared on diff"),
+        ({"task.num_genes": [100, 200]}, "cannot be searched: trials would be compared on diff"),
+        ({"task.objective.dar_weight": [0.0, 1.0]}, "changes what validation/loss is"),
         ({"checkpoint.dir": ["x"]}, "checkpoint.dir cannot be searched: the sweep gives every"),
         ({"register_as": ["x"]}, "register_as cannot be searched: only the run of best.toml"),
         ({"train.eval_every_steps": [1]}, "cannot be searched: trials are compared at its steps"),
@@ -130,6 +133,16 @@ def test_a_metric_that_validation_does_not_report(sweep, small_store):
         "validation/accuracy, validation/macro_f1"
     )
     assert check_sweep(sweep({"optim.lr": [1e-3]}, metric="validation/macro_f1", **over))
+
+
+def test_the_metric_says_which_way_is_better(sweep):
+    for metric, mode in (("loss", "min"), ("accuracy", "max"), ("macro_f1", "max"), ("gep", "min")):
+        run = sweep({"optim.lr": [1e-3]}, metric=f"validation/{metric}")
+        assert run.mode == mode
+        assert sweep({"optim.lr": [1e-3]}, metric=run.metric, mode=mode).mode == mode
+        other = {"min": "max", "max": "min"}[mode]
+        with pytest.raises(ConfigError, match=f"mode = '{other}' would choose the worst trial"):
+            sweep({"optim.lr": [1e-3]}, metric=run.metric, mode=other)
 
 
 def test_another_sweep_of_the_same_name_is_refused(sweep, tmp_path):
