@@ -104,6 +104,8 @@ def _check_answers(unit: Task, found: BaselineUnit) -> None:
 
 def _baselines(setting: Setting) -> list[Entry]:
     asked = setting.run.baselines or list(setting.unit.compulsory)
+    for name in asked:
+        baseline(name)  # a typo is named as such, before what is missing because of it
     absent = [name for name in _needed(setting) if name not in asked]
     if absent:
         raise ConfigError(

@@ -20,7 +20,15 @@ import pandas as pd
 
 from cellray.bench.children import ERROR_TAG, ROW_TAG, row_tag, rows_of_children
 from cellray.bench.entries import Entry
-from cellray.bench.rows import ResultRow, Status, failed_rows, row_from, rows_of, seedless
+from cellray.bench.rows import (
+    ResultRow,
+    Status,
+    failed_rows,
+    row_from,
+    rows_of,
+    scores_of,
+    seedless,
+)
 from cellray.bench.setting import Part, Setting
 from cellray.bench.work import Answer, Outcome
 from cellray.core.errors import DataError
@@ -31,7 +39,7 @@ from cellray.metrics.refusal import score_refusal
 from cellray.tasks.base import score_labels
 from cellray.train.tracking import Tracker
 
-__all__ = ["kept_answer", "kept_file", "read_rows", "record", "record_failure"]
+__all__ = ["kept_answer", "kept_file", "log_kept", "read_rows", "record", "record_failure"]
 
 
 def kept_file(setting: Setting, entry: Entry, seed: int) -> Path:
@@ -218,6 +226,55 @@ def record_failure(
     file = kept_file(setting, entry, part.seed).with_suffix(".failed")
     _written(file, lambda path: path.write_text(text))
     return rows
+
+
+def log_kept(setting: Setting, entries: Sequence[Entry]) -> int:
+    """Log finished cells that the parent has no child of: kept without tracking, or elsewhere.
+
+    Returns:
+        How many.
+    """
+    if setting.parent is None:
+        return 0
+    parent = Tracker(setting.parent.uri, setting.parent.run_id)
+    there = {run.info.run_id for run in parent.children()}
+    logged = 0
+    for entry in entries:
+        for seed in setting.run.seeds:
+            file = kept_file(setting, entry, seed)
+            rows = [row_from(raw) for raw in json.loads(file.read_text())] if file.is_file() else []
+            if not rows or rows[0].run_id in there:
+                continue
+            child = _child(setting, entry, seed, "")
+            assert child is not None
+            _log(child, _template(rows[0], child.run_id), scores_of(rows), {})
+            for suffix in (".csv", ".npy", ".probe"):
+                if file.with_suffix(suffix).is_file():
+                    child.artifact(file.with_suffix(suffix), "answers")
+            child.end("FINISHED")
+            text = json.dumps([asdict(replace(row, run_id=child.run_id)) for row in rows])
+            _written(file, lambda path, text=text: path.write_text(text))
+            logged += 1
+    return logged
+
+
+def _template(row: ResultRow, run_id: str) -> ResultRow:
+    """The fields that all rows of a run share."""
+    return replace(
+        row,
+        run_id=run_id,
+        status="skipped",
+        metric_id="",
+        metric_version="",
+        value=None,
+        higher_is_better=None,
+        unit_ci95_low=None,
+        unit_ci95_high=None,
+        ceiling=None,
+        floor=None,
+        scaled_value=None,
+        n_items=None,
+    )
 
 
 def _child(setting: Setting, entry: Entry, seed: int, run_id: str) -> Tracker | None:

@@ -29,7 +29,7 @@ from cellray.bench.entries import (
     made_by,
 )
 from cellray.bench.genes import gene_rows, vocabulary_of
-from cellray.bench.record import kept_file, record, record_failure
+from cellray.bench.record import kept_file, log_kept, record, record_failure
 from cellray.bench.rows import Status
 from cellray.bench.setting import Parent, Setting, open_setting
 from cellray.bench.work import (
@@ -396,6 +396,9 @@ def benchmark(run: BenchmarkRun, say: Say) -> BenchmarkResult:
             entries[name] = _entries(setting)
             parents[name] = _parent(setting, uri) if run.tracking.enabled else None
         settings = {name: replace(s, parent=parents[name]) for name, s in settings.items()}
+        for name, setting in settings.items():
+            if logged := log_kept(setting, entries[name]):
+                say(f"{name}: {logged} finished cells of the table are logged to MLflow now")
         works = [work for name, s in settings.items() for work in _to_do(s, entries[name])]
         status = "FAILED"
         try:

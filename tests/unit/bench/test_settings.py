@@ -12,7 +12,8 @@ from cellray.bench.conclude import _unshown
 from cellray.bench.config import MethodSection
 from cellray.bench.entries import entries_of, finetune_run, left_out
 from cellray.bench.genes import gene_rows, genes_known, vocabulary_of
-from cellray.bench.setting import open_setting
+from cellray.bench.record import log_kept, read_rows, record
+from cellray.bench.setting import Parent, open_setting
 from cellray.bench.suite import _check_alike, check_benchmark
 from cellray.bench.work import answer_of, tuning_budget
 from cellray.core.errors import CheckpointError, ConfigError, DataError
@@ -282,3 +283,23 @@ def test_seeds_that_were_run_and_are_not_asked_for_are_told(small_store, tmp_pat
     for seed in (0, 1, 7):
         (results / f"knn-seed{seed}.json").write_text("[]")
     assert _unshown(setting) == ["seeds 7 were run too and are not shown (seeds)"]
+
+
+def test_cells_that_were_kept_without_tracking_are_logged_once_it_is_on(small_store, tmp_path):
+    setting = open_setting(bench(small_store, tmp_path), "store")
+    entries = [e for e in entries_of(setting) if e.name in ("majority", "knn")]
+    for entry in entries:
+        record(setting, setting.part(0), entry, answer_of(setting, setting.part(0), entry))
+    kept = read_rows(setting, entries)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    parent = Tracker.start(uri, experiment="b", name="parent")
+    tracked = replace(setting, parent=Parent(uri, parent.run_id, "b"))
+    assert log_kept(tracked, entries) == 2
+    found = read_rows(tracked, entries)
+    assert {r.run_id for r in found} == {c.info.run_id for c in parent.children()}
+
+    def bare(rows):
+        return sorted((replace(r, run_id="") for r in rows), key=lambda r: (r.method, r.metric_id))
+
+    assert bare(found) == bare(kept)
+    assert log_kept(tracked, entries) == 0
