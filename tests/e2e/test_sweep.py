@@ -232,7 +232,7 @@ def test_failed_trials_are_shown_and_the_best_file_runs(small_store, ray_cluster
 @pytest.mark.timeout(1200)
 def test_a_population_hands_on_weights(small_store, ray_cluster, tmp_path):
     """The trial that cannot learn takes over the weights of the one that does, and goes on."""
-    base = write_base(small_store, tmp_path, steps=120, eval_every_steps=12)
+    base = write_base(small_store, tmp_path, steps=600, eval_every_steps=30)
     over = {
         "search": {"optim.lr": [1e-9, 1e-2]},
         "scheduler": "pbt",
@@ -248,16 +248,16 @@ def test_a_population_hands_on_weights(small_store, ray_cluster, tmp_path):
     facts = json.loads((home / "trials.json").read_text())
     changes = {t["trial"]: t["changes"] for t in facts["trials"]}
     first = changes[0][0]
-    assert (first["from"], first["step"] % 12) == (1, 0)
+    assert (first["from"], first["step"] % 30) == (1, 0)
     assert f"trial 0 takes over the weights of trial 1 at step {first['step']}" in "\n".join(said)
     # the run directory it goes on in begins with the other's validation, bit for bit
     donor = {row["step"]: row for row in progress(home / "trials" / "trial001")}
     rows = {row["step"]: row for row in progress(home / "trials" / "trial000.1")}
     at = first["step"]
     assert rows[at]["validation/loss"] == donor[at]["validation/loss"]
-    assert max(rows) > at
+    assert max(rows) == 600 or len(changes[0]) > 1  # goes on, if only to take over again
     assert ledger.state(0) == ledger.state(1) == "finished"
-    assert max(row["step"] for row in progress(ledger.folder(0))) == 120
+    assert max(row["step"] for row in progress(ledger.folder(0))) == 600
     before = [row["validation/loss"] for row in progress(home / "trials" / "trial000")
               if "validation/loss" in row]  # fmt: skip
     table = result.table.set_index("trial")

@@ -289,7 +289,8 @@ def draw_sweep(
     if len(scored) >= _MANY:
         worst = float(np.quantile(scored, 0.9 if mode == "min" else 0.1))
         low, high = (low, worst) if mode == "min" else (worst, high)
-    norm = Normalize(low, high if high > low else low + 1e-9, clip=True)
+    least = 1e-3 * max(abs(low), 1e-6)  # values as good as equal get one colour, and plain ticks
+    norm = Normalize(low, max(high, low + least), clip=True)
     cmap = colormaps["viridis" if mode == "min" else "viridis_r"]
     mappable = ScalarMappable(norm, cmap)
     _draw_axes(axes, scales)
