@@ -27,10 +27,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy platform/cellray
 
-# files side by side; then, one after the other, what starts Ray, which takes every core itself
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not ray" --numprocesses auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest -m "not slow and ray"
+	$(BIN)/python -m pytest
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

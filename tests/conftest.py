@@ -6,9 +6,6 @@ import os
 import signal
 from pathlib import Path
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import pytest
 
 from helpers_cells import known_cells
