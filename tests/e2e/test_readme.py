@@ -107,6 +107,7 @@ def test_make_has_the_two_commands_and_ci_calls_one_of_them():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
+@pytest.mark.slow
 def test_ingest_check_show_copy_relayout_and_doctor_run_as_the_readme_says(tmp_path):
     """From a folder that holds what the configurations name, as a stranger would."""
     for name in ("jobs", "tests"):

@@ -93,6 +93,7 @@ def test_an_unbroken_run_trains_on_every_cell_of_an_epoch_once(unbroken):
     assert all(r["padding_fraction"] == 0 for r in progress(result.run_dir))
 
 
+@pytest.mark.slow
 def test_a_killed_worker_leaves_the_loss_curve_as_it_was(unbroken, small_store, tmp_path):
     """Step by step, to the last digit, with dropout; no cell twice, none left out."""
     run, result = unbroken

@@ -185,7 +185,6 @@ def test_an_interrupted_sweep_says_that_it_can_go_on_and_a_time_limit_ends_it(
     assert client.get_run(parent).info.status == "FINISHED"
 
 
-@pytest.mark.slow
 def test_failed_trials_are_shown_and_the_best_file_runs(small_store, ray_cluster, tmp_path):
     base = write_base(small_store, tmp_path)
     # a vocabulary that is not there is met in the trial: shown as failed, and the sweep goes on

@@ -84,6 +84,7 @@ def test_integration_trains_every_part_and_scores_the_embedding(pretrained, smal
     np.testing.assert_allclose(alone, model.embed(cells)[:5], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_labels_are_transferred_to_whole_batches(pretrained, small_store, tmp_path):
     run = run_of(
         small_store,

@@ -358,6 +358,7 @@ print("no line end", end="")
     assert lines[-1] == f"job {job_id} succeeded"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_job_that_fails_passes_its_exit_code_through(
     cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -401,6 +402,7 @@ def test_ctrl_c_leaves_the_job_running(
     client.stop_job(job_id)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_submitted_code_is_what_runs(
     cluster: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
