@@ -1,8 +1,10 @@
 """The features that baselines share: log-normalised variable genes, and principal components.
 
-Everything is fitted on training cells and applied unchanged to others: the choice of genes, their
-scale, the components. All of it is exact linear algebra without random numbers, so the same
-training cells give the same features whatever the seed.
+As scanpy does them unless told otherwise: genes of the ``seurat`` flavor, components of centred,
+unscaled genes (scaling to unit variance would make the many barely detected genes as loud as the
+markers). Everything is fitted on training cells and applied unchanged to others: the choice of
+genes, their scale, the components. All of it is exact linear algebra without random numbers, so the
+same training cells give the same features whatever the seed.
 
 Legend: N cells, G genes of the data, K chosen genes, P components.
 """
@@ -20,7 +22,7 @@ from scipy import linalg, sparse
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellray.baselines.base import BaselineConfig, CellCounts, check_genes
-from cellray.data.variable import GeneMoments, choose_variable
+from cellray.data.variable import Flavor, GeneMoments, choose_variable
 
 __all__ = [
     "ComponentConfig",
@@ -41,7 +43,7 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
-_CLIP = 10.0  # in standard deviations: one outlier count may not own a component
+_CLIP = 10.0  # in standard deviations: one outlier count may not own a decision
 
 
 class FeatureConfig(BaselineConfig):
@@ -51,11 +53,13 @@ class FeatureConfig(BaselineConfig):
         num_genes: variable genes kept at most.
         target_sum: counts each cell is scaled to before log1p.
         min_cells: a gene counts as a candidate if at least this many training cells detect it.
+        flavor: how genes of like mean are compared (:mod:`cellray.data.variable`).
     """
 
     num_genes: int = Field(default=2000, ge=1)
     target_sum: float = Field(default=1e4, gt=0)
     min_cells: int = Field(default=3, ge=1)
+    flavor: Flavor = "seurat"
 
 
 class ComponentConfig(FeatureConfig):
@@ -104,7 +108,7 @@ def _deviations(matrix: sparse.csr_matrix) -> F64:
 
 @dataclass(frozen=True)
 class GeneFeatures:
-    """Fitted: which genes, and how each is scaled.
+    """Fitted: which genes, and how much each varies.
 
     Shapes:
         genes: (K,) int64 positions among the G genes.
@@ -117,28 +121,38 @@ class GeneFeatures:
     scale: F64
 
     def apply(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """(N, G) raw counts -> (N, K) float32: log-normalised, divided by ``scale``, at most 10.
+        """(N, G) raw counts -> (N, K) float32, log-normalised.
 
         The library size is over all G genes. Not centred, so that zeros stay zeros.
 
         Raises:
             DataError: another number of genes, or counts that are not raw.
         """
+        return self._chosen(counts).astype(np.float32)
+
+    def scaled(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
+        """As :meth:`apply`, divided by ``scale``, at most 10: for penalised linear models."""
+        chosen = self._chosen(counts)
+        chosen.data = np.minimum(chosen.data / self.scale[chosen.indices], _CLIP)
+        return chosen.astype(np.float32)
+
+    def _chosen(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
         check_genes(counts, self.num_input_genes)
         chosen = log_normalise(counts, target_sum=self.target_sum)[:, self.genes].tocsr()
-        chosen.data = np.minimum(chosen.data / self.scale[chosen.indices], _CLIP)
         chosen.sort_indices()
-        return chosen.astype(np.float32)
+        return chosen
 
 
 def fit_genes(counts: sparse.csr_matrix, config: FeatureConfig) -> GeneFeatures:
-    """Choose and scale variable genes on training cells ``counts`` (N, G).
+    """Choose variable genes and measure their scale on training cells ``counts`` (N, G).
 
     Raises:
         DataError: no gene varies.
     """
     moments = GeneMoments.of_counts(counts, target_sum=config.target_sum)
-    genes = choose_variable(moments, num_genes=config.num_genes, min_cells=config.min_cells)
+    genes = choose_variable(
+        moments, num_genes=config.num_genes, min_cells=config.min_cells, flavor=config.flavor
+    )
     scale = _deviations(log_normalise(counts, target_sum=config.target_sum)[:, genes].tocsr())
     keep = scale > 0  # equal after log1p up to rounding: nothing to learn from
     return GeneFeatures(counts.shape[1], config.target_sum, genes[keep], scale[keep])
@@ -146,7 +160,7 @@ def fit_genes(counts: sparse.csr_matrix, config: FeatureConfig) -> GeneFeatures:
 
 @dataclass(frozen=True)
 class Components:
-    """Fitted principal components of scaled genes.
+    """Fitted principal components of variable genes.
 
     Shapes:
         mean: (K,) training mean.
@@ -158,20 +172,20 @@ class Components:
     axes: F64
     variance: F64
 
-    def apply(self, scaled: sparse.csr_matrix) -> F32:
-        """(N, K) scaled genes -> (N, P) coordinates."""
-        return np.asarray(scaled @ self.axes - self.mean @ self.axes, dtype=np.float32)
+    def apply(self, cells: sparse.csr_matrix) -> F32:
+        """(N, K) variable genes -> (N, P) coordinates."""
+        return np.asarray(cells @ self.axes - self.mean @ self.axes, dtype=np.float32)
 
 
-def fit_components(scaled: sparse.csr_matrix, num_components: int) -> Components:
+def fit_components(cells: sparse.csr_matrix, num_components: int) -> Components:
     """Principal components by an exact eigendecomposition of the (K, K) covariance.
 
     Args:
-        scaled: (N, K) training cells from :meth:`GeneFeatures.apply`.
+        cells: (N, K) training cells from :meth:`GeneFeatures.apply`.
         num_components: components wanted; P is at most N - 1 and K.
     """
-    num = scaled.shape[0]
-    exact = scaled.astype(np.float64)
+    num = cells.shape[0]
+    exact = cells.astype(np.float64)
     mean = np.asarray(exact.mean(axis=0), dtype=np.float64).ravel()
     return components_of((exact.T @ exact).toarray(), mean, num, num_components)
 

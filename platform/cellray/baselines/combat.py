@@ -4,7 +4,7 @@ Johnson, Li, Rabinovic 2007 (doi:10.1093/biostatistics/kxj037), without covariat
 is an affine function of the gene within each batch, so nothing of size cells x genes is ever made
 dense: means, variances and covariances of the batches are all that is needed.
 
-Genes and their scale come from the cells fitted on, and so do the principal axes. The shift and
+The choice of genes comes from the cells fitted on, and so do the principal axes. The shift and
 spread of a batch can only come from its own cells, so query cells take part in these: with their
 counts and batches, never with labels.
 
@@ -50,18 +50,18 @@ class BatchAdjustment:
     factor: F64
     offset: F64
 
-    def components(self, scaled: sparse.csr_matrix, batches: I64, wanted: int) -> Components:
+    def components(self, genes: sparse.csr_matrix, batches: I64, wanted: int) -> Components:
         """Principal components of corrected cells.
 
         Args:
-            scaled: (N, K) cells before correction.
+            genes: (N, K) of the cells before correction.
             batches: (N,) rows of ``factor``.
             wanted: components wanted.
         """
-        num, width = scaled.shape
+        num, width = genes.shape
         products, total = np.zeros((width, width)), np.zeros(width)
         for batch in np.unique(batches):
-            part = scaled[batches == batch].astype(np.float64)
+            part = genes[batches == batch].astype(np.float64)
             factor, offset = self.factor[batch], self.offset[batch]
             sums = np.asarray(part.sum(axis=0), dtype=np.float64).ravel() * factor
             cross = np.outer(sums, offset)
@@ -70,14 +70,14 @@ class BatchAdjustment:
             total += sums + part.shape[0] * offset
         return components_of(products, total / num, num, wanted)
 
-    def project(self, scaled: sparse.csr_matrix, batches: I64, components: Components) -> F32:
+    def project(self, genes: sparse.csr_matrix, batches: I64, components: Components) -> F32:
         """(N, K) cells before correction -> (N, P) coordinates of corrected cells."""
-        found = np.empty((scaled.shape[0], components.axes.shape[1]), dtype=np.float32)
+        found = np.empty((genes.shape[0], components.axes.shape[1]), dtype=np.float32)
         for batch in np.unique(batches):
             rows = np.flatnonzero(batches == batch)
             axes = components.axes * self.factor[batch][:, None]
             shift = (self.offset[batch] - components.mean) @ components.axes
-            found[rows] = scaled[rows] @ axes + shift
+            found[rows] = genes[rows] @ axes + shift
         return found
 
 

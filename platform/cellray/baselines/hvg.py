@@ -1,4 +1,4 @@
-"""The scaled, log-normalised variable genes themselves as the embedding.
+"""The log-normalised variable genes themselves as the embedding.
 
 The row that beat foundation models without fine-tuning in Kedzierska et al. 2025
 (doi:10.1186/s13059-025-03574-x).
@@ -41,5 +41,5 @@ BASELINE = BaselineUnit(
     embed=_embed,
     answers=("labels", "embedding"),
     seed_scope="",
-    title="2,000 scaled variable genes as they are",
+    title="2,000 log-normalised variable genes as they are",
 )

@@ -47,7 +47,7 @@ class _Logistic:
     strength: float
 
     def answer(self, counts: sparse.csr_matrix) -> Labelled:
-        scaled = self.genes.apply(counts)
+        scaled = self.genes.scaled(counts)
         if counts.shape[0] == 0:
             return Labelled(np.zeros(0, dtype=np.int64), np.zeros(0))
         probability = np.asarray(self.model.predict_proba(scaled), dtype=np.float64)
@@ -126,7 +126,7 @@ def _choose(config: LogisticConfig, counts: sparse.csr_matrix, labels: I64, seed
     for held_out in range(config.folds):
         inside, outside = np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
         genes = fit_genes(counts[inside], config)
-        scaled, scaled_out = genes.apply(counts[inside]), genes.apply(counts[outside])
+        scaled, scaled_out = genes.scaled(counts[inside]), genes.scaled(counts[outside])
         if len(np.unique(labels[inside])) == 1:
             guesses[:, outside] = labels[inside][0]
             continue
@@ -151,7 +151,7 @@ def _fit(
         return _OneClass(genes, int(labels[0]))
     strength = _choose(config, counts, labels, seed)
     path = [c for c in sorted(config.strengths) if c <= strength]
-    *_, model = _path(genes.apply(counts), labels, path, config.max_iterations)
+    *_, model = _path(genes.scaled(counts), labels, path, config.max_iterations)
     if int(model.n_iter_.max()) >= config.max_iterations:
         warnings.warn(
             f"baseline logistic: the solver stopped after max_iterations = "

@@ -32,6 +32,7 @@ __all__ = ["StepTokens", "cached_stream", "settle_helpers", "token_stream", "wri
 I64 = npt.NDArray[np.int64]
 
 _NAMING_CPUS = 0.05
+_NAMING_TASKS = 2  # an actor's, at a time
 _PIECE_BYTES = 32 << 20  # of a window, handed on at a time
 _LEAST_AHEAD_BYTES = 128 << 20
 _CACHED_CELLS = 1024  # gathered from a cache at a time
@@ -200,9 +201,13 @@ def _dataset(
     named = WindowSource(plan, first_step=first_step, last_step=last_step)
     size = min(actors, named.num_windows)
     # Naming windows is no work. A whole CPU for it may be free on no node though the cluster has
-    # one left in pieces, and then the stream would wait for ever.
+    # one left in pieces, and then the stream would wait for ever. With so little reserved Ray Data
+    # would start as many of them as fit, each a process; a few keep the actors busy.
     dataset = ray.data.read_datasource(
-        named, override_num_blocks=named.num_windows, ray_remote_args={"num_cpus": _NAMING_CPUS}
+        named,
+        override_num_blocks=named.num_windows,
+        concurrency=min(_NAMING_TASKS * size, named.num_windows),
+        ray_remote_args={"num_cpus": _NAMING_CPUS},
     )
     dataset = dataset.map_batches(
         _TokenizeWindow,

@@ -1,8 +1,15 @@
 """Choosing variable genes from streamed moments of depth-normalised counts.
 
-The score is the log variance-to-mean ratio, standardised by median and MAD among genes of like
-mean (the scheme of Zheng et al. 2017, doi:10.1038/ncomms14049). Moments add up over blocks, so any
-number of cells is scored in the memory of one block.
+The score is the log variance-to-mean ratio, standardised among genes of like mean. Moments add up
+over blocks, so any number of cells is scored in the memory of one block. Two flavors:
+
+- ``cell_ranger``, after Zheng et al. 2017 (doi:10.1038/ncomms14049): median and MAD within 20 bins
+  of equally many genes. Model vocabularies take it: of the first 600 genes of pancreas cells it
+  has every hormone.
+- ``seurat``, after Satija et al. 2015 (doi:10.1038/nbt.3192), what scanpy does unless told
+  otherwise: mean and standard deviation within 20 bins of equal width in log mean. Baselines take
+  it: of 2,000 genes of 800 blood cells fewer are barely detected ones, and a vote of neighbours
+  scores macro F1 0.79 for 0.63 (``tests/benchmarks/results/tables.md``).
 
 Legend: G genes, N cells.
 """
@@ -11,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +27,12 @@ from scipy import sparse
 from cellray.core.blocks import CellBlock, row_ids
 from cellray.core.errors import DataError
 
-__all__ = ["GeneMoments", "choose_variable", "choose_variable_by_batch"]
+__all__ = ["Flavor", "GeneMoments", "choose_variable", "choose_variable_by_batch"]
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+
+Flavor = Literal["cell_ranger", "seurat"]
 
 _BINS = 20
 
@@ -93,7 +103,24 @@ class GeneMoments:
         )
 
 
-def _standardised(dispersion: F64, mean: F64) -> F64:
+def _by_width(dispersion: F64, mean: F64) -> F64:
+    """(x - mean) / sd within 20 equal intervals of log(1 + mean), closed above.
+
+    A gene alone in its interval scores 1, as in scanpy; genes that are all the same there score 0.
+    """
+    place = np.log1p(mean)
+    edges = np.linspace(place.min(), place.max(), _BINS + 1)[1:-1]
+    bins = np.searchsorted(edges, place, side="left")
+    count = np.bincount(bins, minlength=_BINS)[bins]
+    centre = np.bincount(bins, weights=dispersion, minlength=_BINS)[bins] / count
+    away = dispersion - centre
+    squares = np.bincount(bins, weights=away**2, minlength=_BINS)[bins]
+    spread = np.sqrt(squares / np.maximum(count - 1, 1))
+    score = np.divide(away, spread, out=np.zeros_like(away), where=spread > 0)
+    return np.where(count == 1, 1.0, score)
+
+
+def _by_rank(dispersion: F64, mean: F64) -> F64:
     """(x - median) / MAD within 20 quantile bins of the mean."""
     edges = np.quantile(mean, np.linspace(0, 1, _BINS + 1)[1:-1])
     bins = np.searchsorted(edges, mean, side="right")
@@ -106,7 +133,7 @@ def _standardised(dispersion: F64, mean: F64) -> F64:
     return result
 
 
-def _ranked(moments: GeneMoments, min_cells: int) -> I64:
+def _ranked(moments: GeneMoments, min_cells: int, flavor: Flavor) -> I64:
     """Positions of genes that vary, the most outstanding first; none if none varies."""
     num = moments.num_cells
     mean = moments.total / max(num, 1)
@@ -116,17 +143,21 @@ def _ranked(moments: GeneMoments, min_cells: int) -> I64:
     if not len(candidates):
         return candidates
     dispersion = np.log(variance[candidates] / mean[candidates])
-    score = _standardised(dispersion, mean[candidates])
+    standardised = _by_width if flavor == "seurat" else _by_rank
+    score = standardised(dispersion, mean[candidates])
     return np.asarray(candidates[np.argsort(-score, kind="stable")], dtype=np.int64)
 
 
-def choose_variable(moments: GeneMoments, *, num_genes: int, min_cells: int = 3) -> I64:
+def choose_variable(
+    moments: GeneMoments, *, num_genes: int, min_cells: int = 3, flavor: Flavor = "cell_ranger"
+) -> I64:
     """The genes whose dispersion stands out among genes of like mean.
 
     Args:
         moments: of the training cells.
         num_genes: genes at most.
         min_cells: cells that must detect a candidate.
+        flavor: how genes of like mean are compared.
 
     Returns:
         (K,) ascending gene positions; ties go to the lower position.
@@ -134,11 +165,17 @@ def choose_variable(moments: GeneMoments, *, num_genes: int, min_cells: int = 3)
     Raises:
         DataError: no gene varies.
     """
-    return choose_variable_by_batch([moments], num_genes=num_genes, min_cells=min_cells)
+    return choose_variable_by_batch(
+        [moments], num_genes=num_genes, min_cells=min_cells, flavor=flavor
+    )
 
 
 def choose_variable_by_batch(
-    moments: Sequence[GeneMoments], *, num_genes: int, min_cells: int = 3
+    moments: Sequence[GeneMoments],
+    *,
+    num_genes: int,
+    min_cells: int = 3,
+    flavor: Flavor = "cell_ranger",
 ) -> I64:
     """Genes that stand out within batches, so that differences between batches choose none.
 
@@ -151,6 +188,7 @@ def choose_variable_by_batch(
         moments: of the training cells of each batch.
         num_genes: genes at most.
         min_cells: cells of a batch that must detect a candidate.
+        flavor: how genes of like mean are compared.
 
     Returns:
         (K,) ascending gene positions; further ties go to the lower position.
@@ -161,7 +199,7 @@ def choose_variable_by_batch(
     num = sum(batch.num_cells for batch in moments)
     ranks = np.full((len(moments), len(moments[0].total)), np.nan)
     for row, batch in enumerate(moments):
-        best = _ranked(batch, min_cells)[:num_genes]
+        best = _ranked(batch, min_cells, flavor)[:num_genes]
         ranks[row, best] = np.arange(len(best))
     votes = (~np.isnan(ranks)).sum(axis=0)
     proposed = np.flatnonzero(votes)

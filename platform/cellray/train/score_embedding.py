@@ -50,8 +50,8 @@ def unintegrated(cells: Cells, joinids: I64) -> F32:
         shape = (len(block), store.num_genes)
         parts.append(sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape))
     counts = sparse.csr_matrix(sparse.vstack(parts))
-    scaled = fit_genes(counts, FeatureConfig(name="unintegrated")).apply(counts)
-    return fit_components(scaled, _COMPONENTS).apply(scaled)
+    genes = fit_genes(counts, FeatureConfig(name="unintegrated")).apply(counts)
+    return fit_components(genes, _COMPONENTS).apply(genes)
 
 
 def score_embedding(

@@ -127,14 +127,14 @@ def test_knn_agrees_with_scikit_learn_on_the_same_genes() -> None:
     config = config.model_copy(update={"num_neighbors": 7, "num_components": 6})  # type: ignore[attr-defined]
     predictor = unit.fit(config, counts[:150], labels[:150], 0)
     genes = predictor.projection.genes  # type: ignore[attr-defined]
-    scaled = genes.apply(counts).toarray().astype(np.float64)
-    pca = PCA(6, svd_solver="full").fit(scaled[:150])
-    other = KNeighborsClassifier(7).fit(pca.transform(scaled[:150]), labels[:150])
-    theirs = other.predict(pca.transform(scaled[150:]))
+    values = genes.apply(counts).toarray().astype(np.float64)
+    pca = PCA(6, svd_solver="full").fit(values[:150])
+    other = KNeighborsClassifier(7).fit(pca.transform(values[:150]), labels[:150])
+    theirs = other.predict(pca.transform(values[150:]))
     np.testing.assert_array_equal(predictor.predict(counts[150:]), theirs)
     embedding = predictor.embed(counts[150:])
     assert embedding is not None
-    np.testing.assert_allclose(np.abs(embedding), np.abs(pca.transform(scaled[150:])), atol=1e-4)
+    np.testing.assert_allclose(np.abs(embedding), np.abs(pca.transform(values[150:])), atol=1e-4)
 
 
 @pytest.mark.parametrize(

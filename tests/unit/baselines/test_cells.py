@@ -95,7 +95,7 @@ def test_confidences_are_what_they_say() -> None:
     config = LogisticConfig(strengths=[1.0])
     found = annotate_with(unit, config, cells, labels, cells, 0)
     predictor = unit.fit(config, cells.counts, labels, 0)
-    each = predictor.model.predict_proba(predictor.genes.apply(cells.counts))  # type: ignore[attr-defined]
+    each = predictor.model.predict_proba(predictor.genes.scaled(cells.counts))  # type: ignore[attr-defined]
     assert found.confidence is not None
     np.testing.assert_array_equal(each[np.arange(40), found.codes], found.confidence)
     alone = annotate_with(unit, config, cells, np.full(40, 3), cells, 0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from cells_for_baselines import made_cells
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import f1_score
 
+from cellray.baselines._features import fit_genes
 from cellray.baselines.logistic import BASELINE, LogisticConfig, inner_folds
 from cellray.core.errors import ConfigError
 from cellray.core.section import build_section
@@ -40,14 +43,27 @@ def test_without_a_choice_to_make_no_seed_changes_anything(over: dict[str, objec
     np.testing.assert_array_equal(first.model.intercept_, second.model.intercept_)
 
 
-def test_noise_wants_a_strong_penalty_and_signal_a_weaker_one() -> None:
+@pytest.mark.parametrize("noise", [None, 0, 5])
+def test_the_strength_is_the_best_of_the_inner_folds(noise: int | None) -> None:
+    """Written out with scikit-learn; without a signal either strength may be the better one."""
     counts, labels = made_cells(120)
-    noise = np.random.default_rng(2).permutation(labels)
-    chosen = [
-        BASELINE.fit(small(strengths=[1e-4, 1.0]), counts, target, 0).strength
-        for target in (noise, labels)
-    ]
-    assert chosen == [1e-4, 1.0]
+    if noise is not None:
+        labels = np.random.default_rng(noise).permutation(labels)
+    config = small(strengths=[1e-4, 1.0])
+    fold = inner_folds(labels, folds=config.folds, seed=0)
+    scores = {}
+    for strength in config.strengths:
+        guess = np.empty_like(labels)
+        for part in range(config.folds):
+            inside = fold != part
+            genes = fit_genes(counts[inside], config)
+            model = LogisticRegression(C=strength, max_iter=config.max_iterations)
+            model.fit(genes.scaled(counts[inside]), labels[inside])
+            guess[~inside] = model.predict(genes.scaled(counts[~inside]))
+        scores[strength] = f1_score(labels, guess, average="macro")
+    assert BASELINE.fit(config, counts, labels, 0).strength == max(scores, key=scores.__getitem__)
+    if noise is None:
+        assert max(scores, key=scores.__getitem__) == 1.0
 
 
 def test_a_class_of_fewer_cells_than_folds_misses_some() -> None:

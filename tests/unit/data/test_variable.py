@@ -160,6 +160,18 @@ def test_real_pancreas_genes_are_pinned(repository: Path) -> None:
     assert {"INS", "GCG", "SST", "PPY", "REG1A", "PRSS1"} <= names
 
 
+def test_the_flavor_of_seurat_by_hand() -> None:
+    """A gene alone in its interval scores 1, equal ones 0, others by mean and deviation."""
+    means = np.array([0.1, 0.1, 0.1, 0.1, 900.0, 30.0, 30.0])
+    ratios = np.exp([1.0, 2.0, 3.0, 9.0, 7.0, 2.0, 2.0])  # variance / mean
+    num = 11
+    squares = ((num - 1) * means * ratios + num * means**2).astype(np.float64)
+    moments = GeneMoments(means * num, squares, np.full(7, num), num_cells=num)
+    best = [choose_variable(moments, num_genes=k, flavor="seurat").tolist() for k in (1, 2, 4)]
+    # scores -.77, -.49, -.21, 1.46; 1; 0, 0
+    assert best == [[3], [3, 4], [3, 4, 5, 6]]
+
+
 def test_genes_are_chosen_within_batches() -> None:
     """A gene that differs between batches alone is chosen by the pool and by no batch."""
     rng = np.random.default_rng(0)
