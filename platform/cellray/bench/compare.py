@@ -21,9 +21,10 @@ from cellray.bench.facts import facts_of
 from cellray.bench.render import render_across, render_terminal
 from cellray.bench.report import Board, page
 from cellray.bench.reported import reported, reported_for
-from cellray.bench.rows import TABLE_NOTES, ResultRow, row_from, seedless
+from cellray.bench.rows import TABLE_NOTES, ResultRow, kept_rows, seedless
 from cellray.bench.table import leaderboard
 from cellray.core.errors import ConfigError, DataError, did_you_mean
+from cellray.core.jsonfile import read_json
 from cellray.tasks.base import task
 from cellray.train.tracking import Tracker, check_tracking
 
@@ -129,12 +130,16 @@ def compare(
     return where
 
 
+def _json(file: Path, what: str) -> Any:
+    return read_json(file, what=what, cure="run the command that wrote it again")
+
+
 def _sweeps(sources: Sequence[str]) -> dict[str, Path]:
     """Heading -> directory of the sources that are sweeps."""
     found = {}
     for source in map(Path, sources):
         if (source / _SWEEP).is_file() and (source / "trials.json").is_file():
-            facts = json.loads((source / "trials.json").read_text(encoding="utf-8"))
+            facts = _json(source / "trials.json", "list of a sweep's trials")
             heading = f"{facts['name']}: {len(facts['trials'])} trials by {facts['metric']}"
             found[f"{heading}, best {facts['best']}"] = source
     return found
@@ -145,7 +150,7 @@ def _find(source: str, mlflow_uri: str) -> list[Found]:
     if folder.is_dir():
         tracked = folder / "mlflow.json"
         if tracked.is_file():
-            known = json.loads(tracked.read_text(encoding="utf-8"))
+            known = _json(tracked, "note of an MLflow run")
             return _tracked(known["uri"], known["run_id"], folder)
         inner = [f for f in sorted(folder.iterdir()) if (f / "results").is_dir()]
         if inner and not (folder / "results").is_dir():  # a benchmark: a folder a data set
@@ -225,13 +230,13 @@ def _kept(folder: Path) -> list[Found]:
     done = {file.stem for file in files}
     files += [f for f in sorted((folder / "results").glob("*.failed")) if f.stem not in done]
     for file in files:
-        rows += [row_from(raw) for raw in json.loads(file.read_text(encoding="utf-8"))]
+        rows += kept_rows(file)
     if not rows:
         raise DataError(
             f"'{folder}' holds no results of a benchmark: neither mlflow.json nor results/*.json"
         )
     noted = folder / TABLE_NOTES
-    notes = json.loads(noted.read_text(encoding="utf-8")) if noted.is_file() else {}
+    notes = _json(noted, "notes of a table") if noted.is_file() else {}
     groups: dict[tuple[str, ...], Found] = {}
     for row in rows:
         unit = task(row.task)
@@ -369,7 +374,7 @@ def _pictures(one: Found, folder: Path) -> dict[str, Path]:
     titles: dict[str, str] = {}
     for file in files:
         if file.name == "pictures.json":
-            titles = json.loads(file.read_text(encoding="utf-8"))
+            titles = _json(file, "list of pictures")
     pictures = [file for file in files if file.suffix == ".png"]
     order = list(titles)
     pictures.sort(key=lambda f: order.index(f.name) if f.name in order else len(order))

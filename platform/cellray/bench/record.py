@@ -24,7 +24,8 @@ from cellray.bench.rows import (
     ResultRow,
     Status,
     failed_rows,
-    row_from,
+    kept_rows,
+    own_fields,
     rows_of,
     scores_of,
     seedless,
@@ -242,12 +243,12 @@ def log_kept(setting: Setting, entries: Sequence[Entry]) -> int:
     for entry in entries:
         for seed in setting.run.seeds:
             file = kept_file(setting, entry, seed)
-            rows = [row_from(raw) for raw in json.loads(file.read_text())] if file.is_file() else []
+            rows = kept_rows(file) if file.is_file() else []
             if not rows or rows[0].run_id in there:
                 continue
             child = _child(setting, entry, seed, "")
             assert child is not None
-            _log(child, _template(rows[0], child.run_id), scores_of(rows), {})
+            _log(child, replace(own_fields(rows[0]), run_id=child.run_id), scores_of(rows), {})
             for suffix in (".csv", ".npy", ".probe"):
                 if file.with_suffix(suffix).is_file():
                     child.artifact(file.with_suffix(suffix), "answers")
@@ -256,25 +257,6 @@ def log_kept(setting: Setting, entries: Sequence[Entry]) -> int:
             _written(file, lambda path, text=text: path.write_text(text))
             logged += 1
     return logged
-
-
-def _template(row: ResultRow, run_id: str) -> ResultRow:
-    """The fields that all rows of a run share."""
-    return replace(
-        row,
-        run_id=run_id,
-        status="skipped",
-        metric_id="",
-        metric_version="",
-        value=None,
-        higher_is_better=None,
-        unit_ci95_low=None,
-        unit_ci95_high=None,
-        ceiling=None,
-        floor=None,
-        scaled_value=None,
-        n_items=None,
-    )
 
 
 def _child(setting: Setting, entry: Entry, seed: int, run_id: str) -> Tracker | None:
@@ -317,5 +299,5 @@ def read_rows(setting: Setting, entries: Sequence[Entry]) -> list[ResultRow]:
             file = kept_file(setting, entry, seed)
             file = file if file.is_file() else file.with_suffix(".failed")
             if file.is_file():
-                found += [row_from(row) for row in json.loads(file.read_text())]
+                found += kept_rows(file)
     return found

@@ -8,11 +8,13 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pandas as pd
 
 from cellray.core.errors import DataError
+from cellray.core.jsonfile import read_json
 from cellray.metrics.base import all_metrics
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "ResultRow",
     "Status",
     "failed_rows",
+    "kept_rows",
+    "own_fields",
     "row_from",
     "rows_of",
     "scores_of",
@@ -269,6 +273,24 @@ def row_from(raw: Mapping[str, Any]) -> ResultRow:
     return ResultRow(**{name: value for name, value in raw.items() if name != "row_id"})
 
 
+def kept_rows(file: Path) -> list[ResultRow]:
+    """The rows of a file of results, one at least.
+
+    Raises:
+        DataError: the file is damaged, or holds anything else.
+    """
+    cure = "remove it, and the same benchmark does that cell of the table again"
+    raw = read_json(file, what="result of a benchmark", cure=cure)
+    try:
+        rows = [row_from(row) for row in raw]
+    except (TypeError, ValueError, AttributeError) as error:
+        rows = []
+        cure = f"{error}; {cure}"
+    if not rows:
+        raise DataError(f"'{file}' is no result of a benchmark; {cure}")
+    return rows
+
+
 def rows_of(template: ResultRow, scores: Mapping[str, float]) -> list[ResultRow]:
     """One row for each metric of a run.
 
@@ -317,19 +339,25 @@ def scores_of(rows: Iterable[ResultRow]) -> dict[str, float]:
 
 def failed_rows(template: ResultRow, error: str, *, status: Status = "failed") -> list[ResultRow]:
     """The one row of a run that gave no value: it is shown as failed, never as zero."""
-    return [
-        replace(
-            template,
-            metric_id="",
-            metric_version="",
-            value=None,
-            unit_ci95_low=None,
-            unit_ci95_high=None,
-            scaled_value=None,
-            status=status,
-            error=error,
-        )
-    ]
+    return [replace(own_fields(template), status=status, error=error)]
+
+
+def own_fields(row: ResultRow) -> ResultRow:
+    """What all rows of a run share: ``row`` without its metric and value."""
+    return replace(
+        row,
+        status="skipped",
+        metric_id="",
+        metric_version="",
+        value=None,
+        higher_is_better=None,
+        unit_ci95_low=None,
+        unit_ci95_high=None,
+        ceiling=None,
+        floor=None,
+        scaled_value=None,
+        n_items=None,
+    )
 
 
 def to_frame(rows: Iterable[ResultRow]) -> pd.DataFrame:

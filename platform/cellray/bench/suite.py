@@ -30,7 +30,7 @@ from cellray.bench.entries import (
 )
 from cellray.bench.genes import gene_rows, vocabulary_of
 from cellray.bench.record import kept_file, log_kept, record, record_failure
-from cellray.bench.rows import Status
+from cellray.bench.rows import Status, kept_rows
 from cellray.bench.setting import Parent, Setting, open_setting
 from cellray.bench.work import (
     answer_of,
@@ -128,14 +128,15 @@ def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
 
     Raises:
         ConfigError: a kept result was made by another one.
+        DataError: one is damaged.
     """
     for entry in entries:
         for seed in setting.run.seeds:
             file = kept_file(setting, entry, seed)
             if not file.is_file():
                 continue
-            row = json.loads(file.read_text())[0]
-            kept = flatten(json.loads(row["params_json"]))
+            row = kept_rows(file)[0]
+            kept = flatten(json.loads(row.params_json))
             now = flatten(made_by(setting, entry, seed))
             free = ("tracking.", "checkpoint.", "scale.", "tuning_budget")
             differ = sorted(
@@ -143,13 +144,13 @@ def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
                 for k in set(kept) | set(now)
                 if kept.get(k) != now.get(k) and not k.startswith(free)
             )
-            if row["tuning_budget"] != tuning_budget(setting, entry):
+            if row.tuning_budget != tuning_budget(setting, entry):
                 differ.append("tuning_budget")
             if entry.kind == "baseline" and entry.base:
                 genes = vocabulary_of(setting, entry, seed).fingerprint[:16]
-                differ += ["the genes of its model"] * (row["gene_map_id"] != genes)
+                differ += ["the genes of its model"] * (row.gene_map_id != genes)
             checkpoint = checkpoint_of(setting, entry, seed)
-            if checkpoint and row["checkpoint_sha256"] != weights_sha256(checkpoint):
+            if checkpoint and row.checkpoint_sha256 != weights_sha256(checkpoint):
                 differ.append(f"the weights in '{checkpoint}'")
             if differ:
                 raise ConfigError(

@@ -146,6 +146,9 @@ def _shown(rows: Sequence[ResultRow], headline: str, metrics: Sequence[str] | No
     found = dict.fromkeys(
         r.metric_id for r in rows if r.metric_id and r.higher_is_better is not None
     )
+    if not found:
+        errors = dict.fromkeys(r.error for r in rows if r.error)
+        raise DataError(f"every row failed, so there is nothing to show: {'; '.join(errors)[:500]}")
     if headline not in found:
         raise DataError(f"no row has the metric '{headline}'; there are: {', '.join(found)}")
     there = dict.fromkeys(r.metric_id for r in rows if r.metric_id)  # counts too

@@ -17,7 +17,7 @@ from anndata.io import read_elem, write_elem
 
 from cellray import __version__
 from cellray.core.errors import ConfigError, DataError
-from cellray.infer.load import UNASSIGNED, LoadedModel, load
+from cellray.infer.load import UNASSIGNED, LoadedModel, checked_cutoff, load
 
 __all__ = ["CONFIDENCE", "LABEL", "AnnotateReport", "annotate_file"]
 
@@ -82,12 +82,14 @@ def annotate_file(
         say: receives progress, and warnings about genes.
 
     Raises:
-        ConfigError: the target exists, or its folder does not.
+        ConfigError: the target exists, or its folder does not; ``refuse_below`` is no probability.
         DataError: no such file, not h5ad, no cells, or cells that the model cannot take.
         CheckpointError: there is no model, or it has no classifier.
     """
     given, wanted = Path(source), Path(target)
     _check_paths(given, wanted)
+    if refuse_below is not None:
+        checked_cutoff(refuse_below)
     loaded = load(model)
     started = time.perf_counter()
     found = _labels(loaded, given, layer, refuse_below, say)

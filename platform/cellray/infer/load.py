@@ -18,7 +18,7 @@ import torch
 
 from cellray.core.batch import CellBatch
 from cellray.core.blocks import CellBlock, TokenBlock
-from cellray.core.errors import CheckpointError, DataError
+from cellray.core.errors import CheckpointError, ConfigError, DataError
 from cellray.core.section import build_section
 from cellray.data.collate import collate_tokens
 from cellray.data.stats import VocabCoverage, check_coverage
@@ -34,7 +34,7 @@ from cellray.models.base import (
 from cellray.tokenizers.base import Tokenizer
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 
-__all__ = ["UNASSIGNED", "LoadedModel", "block_of", "load", "local_folder"]
+__all__ = ["UNASSIGNED", "LoadedModel", "block_of", "checked_cutoff", "load", "local_folder"]
 
 UNASSIGNED = "Unassigned"  # the label of a cell that no class is sure of
 
@@ -42,6 +42,7 @@ UNASSIGNED = "Unassigned"  # the label of a cell that no class is sure of
 MIN_GENE_FRACTION = 0.25
 
 F32 = npt.NDArray[np.float32]
+Flags = npt.NDArray[np.bool_]
 
 
 def block_of(adata: ad.AnnData, vocab: Vocab, *, layer: str | None = None) -> CellBlock:
@@ -269,10 +270,14 @@ class LoadedModel:
 
     def tokens(self, adata: ad.AnnData, *, layer: str | None = None) -> TokenBlock:
         """Tokenise the cells of an AnnData; warns of what the model will not see of them."""
+        return self._tokens(adata, layer)[0]
+
+    def _tokens(self, adata: ad.AnnData, layer: str | None) -> tuple[TokenBlock, Flags]:
+        """Tokens, and which cells (N,) have no counts of the model's genes."""
         block, covered = _covered_block(adata, self.vocab, layer)
         for remark in self._remarks(covered):
-            warnings.warn(remark, stacklevel=3)
-        return tokenise_content(self.tokenizer, block)
+            warnings.warn(remark, stacklevel=4)
+        return tokenise_content(self.tokenizer, block), np.diff(block.indptr) == 0
 
     def _remarks(self, covered: VocabCoverage) -> list[str]:
         """What is lost of cells: genes the model does not know, genes it misses, cut cells."""
@@ -285,6 +290,12 @@ class LoadedModel:
         unit = tokenizer_unit(self.manifest.tokenizer["name"])
         limit = unit.max_genes(build_section(unit.config, self.manifest.tokenizer))
         cut = covered.longer_than(limit, unit.when_longer)
+        empty = covered.genes_per_cell.count(0)
+        if empty:
+            remarks.append(
+                f"{empty:,} of {covered.cells_sampled:,} cells have no counts of the model's "
+                "genes: nothing is known of them"
+            )
         return [*remarks, cut] if cut else remarks
 
     def covariates_of(self, obs: pd.DataFrame) -> dict[str, npt.NDArray[np.int64]]:
@@ -325,17 +336,36 @@ class LoadedModel:
             adata: N cells with raw counts.
             layer: layer with raw counts; None takes ``X``.
             refuse_below: a cell whose best class has a lower probability is ``Unassigned``; None
-                takes the model's own :attr:`cutoff`.
+                takes the model's own :attr:`cutoff`. A cell without counts of the model's genes is
+                ``Unassigned`` whatever it is, with probability 0.
+
+        Raises:
+            ConfigError: ``refuse_below`` is no probability.
+            DataError: as in :meth:`embed`.
         """
+        cutoff = self.cutoff if refuse_below is None else checked_cutoff(refuse_below)
         codes = self.covariates_of(adata.obs)
-        probabilities = self.classify_tokens(self.tokens(adata, layer=layer), covariates=codes)
+        tokens, empty = self._tokens(adata, layer)
+        probabilities = self.classify_tokens(tokens, covariates=codes)
         best = probabilities.argmax(axis=1)
         labels = np.asarray(self.manifest.classes, dtype=object)[best]
-        cutoff = self.cutoff if refuse_below is None else refuse_below
-        labels[probabilities.max(axis=1) < cutoff] = UNASSIGNED
-        return pd.DataFrame(
-            {"label": labels, "probability": probabilities.max(axis=1)}, index=adata.obs_names
+        sure = np.where(empty, np.float32(0), probabilities.max(axis=1))
+        labels[empty | (sure < cutoff)] = UNASSIGNED
+        return pd.DataFrame({"label": labels, "probability": sure}, index=adata.obs_names)
+
+
+def checked_cutoff(refuse_below: float) -> float:
+    """``refuse_below`` as it was given.
+
+    Raises:
+        ConfigError: it is no probability.
+    """
+    if not 0 <= refuse_below <= 1:  # NaN too
+        raise ConfigError(
+            f"refuse_below = {refuse_below}: a cell is refused below a probability, so give 0 "
+            "(refuse none) to 1, or leave it out for the model's own"
         )
+    return refuse_below
 
 
 def load(path: str) -> LoadedModel:

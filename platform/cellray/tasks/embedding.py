@@ -51,9 +51,10 @@ def embedding_split(obs: pd.DataFrame, config: EmbeddingConfig, *, seed: int) ->
         seed: changes nothing.
 
     Raises:
-        DataError: no cell is left.
+        DataError: no cell is left, or all have one label.
     """
-    labelled = given(labels_of(obs[config.label], config.ignore_labels))
+    labels = labels_of(obs[config.label], config.ignore_labels)
+    labelled = given(labels)
     placed = np.ones(len(obs), dtype=bool)
     if config.batch:
         placed = given(column_texts(obs[config.batch]))
@@ -63,6 +64,12 @@ def embedding_split(obs: pd.DataFrame, config: EmbeddingConfig, *, seed: int) ->
             f"no cell can be scored: of {len(obs)} cells {int(labelled.sum())} have a "
             f"'{config.label}' that is not in task.ignore_labels"
             + (f" and {int(placed.sum())} a '{config.batch}'" if config.batch else "")
+        )
+    values = set(labels[labelled & placed].tolist())
+    if len(values) < 2:
+        raise DataError(
+            f"all {len(joinids)} cells have the '{config.label}' '{values.pop()}': an embedding is "
+            "scored by how it tells labels apart; choose another column as task.label"
         )
     none = np.zeros(0, dtype=np.int64)
     left_out = {"no label": int((~labelled).sum()), "no batch": int((labelled & ~placed).sum())}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cellray.core.errors import CheckpointError, ConfigError
+from cellray.core.jsonfile import read_json
 from cellray.core.section import flatten, to_toml
 from cellray.train.saving import NOTES
 
@@ -84,9 +85,17 @@ class RunDirectory:
         return cls(str(Path(path).parent), Path(path).name)
 
     def read(self, name: str) -> dict[str, Any]:
-        """A JSON file of the run; {} if it is not there."""
+        """A JSON file of the run; {} if it is not there.
+
+        Raises:
+            DataError: it is damaged.
+        """
         file = self.path / name
-        return json.loads(file.read_text()) if file.is_file() else {}
+        if not file.is_file():
+            return {}
+        cure = "restore it from a copy, or give the run another name"
+        found: dict[str, Any] = read_json(file, what="file of a run", cure=cure)
+        return found
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file of the run, at once."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +47,9 @@ def number_of_trials(run: TuneRun) -> int:
         ConfigError: a grid with another number of trials than it has points.
     """
     if run.algorithm != "grid":
-        return run.trials or _DEFAULT_TRIALS
+        points = _points(parse_space(run.search))
+        few = run.algorithm == "random" and run.scheduler != "pbt" and points
+        return run.trials or (min(points, _DEFAULT_TRIALS) if few else _DEFAULT_TRIALS)
     size = len(grid(parse_space(run.search)))
     if run.trials not in (0, size):
         raise ConfigError(
@@ -61,8 +66,36 @@ def fixed_points(run: TuneRun) -> list[dict[str, Any]] | None:
         number_of_trials(run)
         return grid(space)
     if run.algorithm == "random":
-        return [sample(space, trial, seed=run.seed) for trial in range(number_of_trials(run))]
+        return _drawn(run, space)
     return None
+
+
+def _points(space: Space) -> int:
+    """How many points there are; 0 where they cannot be counted."""
+    sizes = [axis.size() for axis in space.values()]
+    return math.prod(sizes) if all(sizes) else 0
+
+
+def _drawn(run: TuneRun, space: Space) -> list[dict[str, Any]]:
+    """Random points without repeats; members of a population may be alike, they part later.
+
+    Raises:
+        ConfigError: the space has fewer points than there are trials.
+    """
+    num, most = number_of_trials(run), _points(space)
+    if 0 < most < num and run.scheduler != "pbt":
+        raise ConfigError(
+            f"trials = {num}, but [search] has only {most} points; give that many, or choose "
+            'algorithm = "grid"'
+        )
+    points: dict[str, dict[str, Any]] = {}
+    for draw in itertools.count():
+        point = sample(space, draw, seed=run.seed)
+        again = run.scheduler == "pbt" and len(points) >= most > 0
+        points.setdefault(f"{draw} again" if again else json.dumps(point, sort_keys=True), point)
+        if len(points) == num:
+            return list(points.values())
+    raise AssertionError
 
 
 def propose(

@@ -25,6 +25,10 @@ class Choice:
         """The value at quantile ``u`` in [0, 1)."""
         return self.values[int(u * len(self.values))]
 
+    def size(self) -> int:
+        """How many values there are."""
+        return len(self.values)
+
     def ends(self) -> list[Any]:
         """Every value: what a configuration must be able to take."""
         return list(self.values)
@@ -68,6 +72,10 @@ class Interval:
         else:
             value = self.low + u * (self.high - self.low)
         return self.nearest(value)
+
+    def size(self) -> int:
+        """How many values there are; 0 where they cannot be counted."""
+        return int(self.high) - int(self.low) + 1 if self.integer else 0
 
     def ends(self) -> list[Any]:
         """Both bounds: what a configuration must be able to take."""

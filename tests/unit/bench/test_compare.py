@@ -299,3 +299,14 @@ def test_a_failed_seed_does_not_make_another_method_of_it() -> None:
     }  # fmt: skip
     again = merged([("one", bad), ("two", [row("m", 0.8, 2, **made)])])
     assert [(r.seed, r.status, r.value) for r in again] == [(2, "ok", 0.8)]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    folder = keep(tmp_path / "bench", results())
+    file = next((folder / "results").glob("*.json"))
+    file.write_text(file.read_text()[:50])
+    with pytest.raises(DataError, match=f"'{file}' is damaged, no result of a benchmark"):
+        compare([str(folder)], print)
+    (folder / "mlflow.json").write_text("{")
+    with pytest.raises(DataError, match="mlflow.json' is damaged, no note of an MLflow run"):
+        compare([str(folder)], print)

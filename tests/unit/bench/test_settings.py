@@ -12,14 +12,15 @@ from cellray.bench.conclude import _unshown
 from cellray.bench.config import MethodSection
 from cellray.bench.entries import entries_of, finetune_run, left_out
 from cellray.bench.genes import gene_rows, genes_known, vocabulary_of
-from cellray.bench.record import log_kept, read_rows, record
+from cellray.bench.record import kept_file, log_kept, read_rows, record, record_failure
 from cellray.bench.setting import Parent, open_setting
-from cellray.bench.suite import _check_alike, check_benchmark
+from cellray.bench.suite import _check_alike, _conclude, _to_do, benchmark, check_benchmark
 from cellray.bench.work import answer_of, tuning_budget
 from cellray.core.errors import CheckpointError, ConfigError, DataError
 from cellray.core.section import read_toml, to_toml
 from cellray.runs import build_run
 from cellray.train.finetune import prepare_finetune
+from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import Tracker
 
 TASK = {
@@ -303,3 +304,56 @@ def test_cells_that_were_kept_without_tracking_are_logged_once_it_is_on(small_st
 
     assert bare(found) == bare(kept)
     assert log_kept(tracked, entries) == 0
+
+
+def finished(setting, *, seeds=(0, 1)):
+    """Every baseline of a data set, done here and kept."""
+    entries = entries_of(setting)
+    for entry in entries:
+        for seed in seeds:
+            part = setting.part(seed)
+            record(setting, part, entry, answer_of(setting, part, entry))
+    return entries
+
+
+def test_a_damaged_result_is_named_with_its_cure(small_store, tmp_path):
+    run = bench(small_store, tmp_path)
+    setting = open_setting(run, "store")
+    entries = finished(setting, seeds=(0,))
+    file = kept_file(setting, entries[0], 0)
+    whole = file.read_text()
+    for text in (whole[:100], "[]", "{}", '[{"method": "knn"}]', "[3]", ""):
+        file.write_text(text)
+        for read in (lambda: read_rows(setting, entries), lambda: check_benchmark(run)):
+            with pytest.raises(DataError, match=f"{file.name}' is .*; remove it, and the same ben"):
+                read()
+    file.unlink()
+    assert _to_do(setting, entries)[0].seeds == (0, 1)
+
+
+def test_a_data_set_without_a_table_hides_no_other(small_store, tmp_path):
+    sets = {name: {"data": {"uri": small_store}} for name in ("good", "dead", "empty")}
+    run = bench("", tmp_path, datasets=sets, data={})
+    settings = {name: open_setting(run, name) for name in sets}
+    entries = {name: entries_of(setting) for name, setting in settings.items()}
+    finished(settings["good"])
+    for entry in entries["dead"]:
+        for seed in (0, 1):
+            part = settings["dead"].part(seed)
+            record_failure(settings["dead"], part, entry, "the disk is full")
+    told = []
+    tables, wrong = _conclude(settings, entries, told.append)
+    assert [table.setting.name for table in tables] == ["good"]
+    assert wrong["dead"] == "every row failed, so there is nothing to show: the disk is full"
+    assert wrong["empty"].startswith("the table lacks compulsory baselines: majority, logistic")
+    assert [line.split(":")[0] for line in told] == ["dead", "empty"]
+
+
+def test_one_process_at_a_time_works_on_a_benchmark(small_store, tmp_path):
+    run = bench(small_store, tmp_path)
+    with (
+        RunDirectory(str(tmp_path), "bench").held(),
+        pytest.raises(CheckpointError, match=r"run 'bench' in .* is being trained by process \d+"),
+    ):
+        benchmark(run, print)
+    assert not (tmp_path / "bench").exists()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from mlflow import MlflowClient
+from scipy import sparse
 
 import cellray
 from cellray.cli import main
@@ -22,6 +23,7 @@ from cellray.core.errors import ConfigError, DataError
 from cellray.data.tokens import tokenizer_unit
 from cellray.data.vocab import Vocab
 from cellray.infer import annotate
+from cellray.infer.annotate import annotate_file
 from cellray.infer.load import UNASSIGNED, load
 from cellray.infer.predict import as_anndata, register, requirements
 from cellray.train.checkpoint import Manifest, model_of, write_checkpoint, write_manifest
@@ -54,6 +56,27 @@ def model_dir(tmp_path_factory):
     weights = model_of(manifest, vocab).state_dict()
     write_checkpoint(folder, manifest, vocab=vocab, weights=weights)
     return folder
+
+
+def test_cells_without_counts_and_cutoffs_that_are_no_probability(model_dir, tmp_path):
+    """A cell of which nothing is known gets no label; a cutoff of 1.5 would refuse every cell."""
+    model, cells = load(str(model_dir)), known_cells()
+    whole = model.annotate(cells, refuse_below=0.0)
+    counts = cells.X.toarray()
+    counts[3] = 0
+    cells.X = sparse.csr_matrix(counts)
+    with pytest.warns(UserWarning, match="1 of 240 cells have no counts of the model's genes"):
+        found = model.annotate(cells, refuse_below=0.0)
+    assert found.iloc[3].tolist() == ["Unassigned", 0.0]
+    pd.testing.assert_frame_equal(found.drop(found.index[3]), whole.drop(whole.index[3]))
+    source = tmp_path / "cells.h5ad"
+    cells.write_h5ad(source)
+    for wrong in (1.5, -0.1, float("nan")):
+        with pytest.raises(ConfigError, match=rf"refuse_below = {wrong}: .* give 0 .* to 1"):
+            model.annotate(cells, refuse_below=wrong)
+        with pytest.raises(ConfigError, match="refuse_below"):
+            annotate_file(str(model_dir), source, tmp_path / "out.h5ad", refuse_below=wrong)
+    assert not (tmp_path / "out.h5ad").exists()
 
 
 @pytest.fixture(scope="module")

@@ -130,6 +130,8 @@ def test_refusals() -> None:
         TASK.columns(config_of(batch="batchs"), ["cell_type", "batch"])
     with pytest.raises(DataError, match="no cell can be scored: of 240 cells 0 have"):
         embedding_split(obs.assign(cell_type="unknown"), config, seed=0)
+    with pytest.raises(DataError, match="all 240 cells have the 'cell_type' 'T': an embedding"):
+        embedding_split(obs.assign(cell_type="T"), config, seed=0)
     points = vectors(obs)
     with pytest.raises(DataError, match="240 cells in the embedding but 239 labels"):
         score_embedding(obs[1:], config, points, points, 0)

@@ -58,14 +58,33 @@ def sweep(**over):
 
 
 def test_how_many_trials_there_are():
-    assert number_of_trials(sweep()) == 4
+    assert number_of_trials(sweep()) == 3
+    assert number_of_trials(sweep(search={"a": {"low": 0.0, "high": 1.0}})) == 4
     assert number_of_trials(sweep(trials=7)) == 7
     assert number_of_trials(sweep(algorithm="grid")) == 3
     assert fixed_points(sweep(algorithm="grid")) == [{"a": 1}, {"a": 2}, {"a": 3}]
-    assert len(fixed_points(sweep(trials=7))) == 7
     assert fixed_points(sweep(algorithm="optuna")) is None
     with pytest.raises(ConfigError, match=r"trials = 2, but the grid of \[search\] has 3 points"):
         number_of_trials(sweep(algorithm="grid", trials=2))
+
+
+def test_a_random_sweep_tries_no_point_twice():
+    space = {"a": [1, 2, 3], "b": {"low": 1, "high": 4}, "c": [{"x": 1}, {"x": 2}]}
+    for seed in range(5):
+        drawn = fixed_points(sweep(search=space, trials=24, seed=seed))
+        assert len({str(point) for point in drawn}) == 24
+        assert drawn[:9] == fixed_points(sweep(search=space, trials=9, seed=seed))
+    with pytest.raises(ConfigError, match=r"trials = 25, but \[search\] has only 24 points"):
+        fixed_points(sweep(search=space, trials=25))
+    assert (
+        len(fixed_points(sweep(search=space | {"d": {"low": 0.0, "high": 1.0}}, trials=90))) == 90
+    )
+
+
+def test_members_of_a_population_may_begin_alike():
+    members = fixed_points(sweep(trials=7, scheduler="pbt"))
+    assert len(members) == 7
+    assert {member["a"] for member in members} == {1, 2, 3}
 
 
 def test_trials_are_compared_on_validation_cells_only():

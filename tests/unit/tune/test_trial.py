@@ -150,15 +150,15 @@ def test_another_sweep_of_the_same_name_is_refused(sweep, tmp_path):
     from cellray.tune.sweep import _check, _enter
 
     directory = RunDirectory(str(tmp_path), "s")
-    run = sweep({"optim.lr": [1e-3]})
+    run = sweep({"optim.lr": [1e-3, 2e-3, 5e-3]}, trials=2)
     _enter(run, _check(run), directory)
-    more = sweep({"optim.lr": [1e-3]}, trials=9, concurrent=3, time_limit_s=5.0)
+    more = sweep({"optim.lr": [1e-3, 2e-3, 5e-3]}, trials=3, concurrent=3, time_limit_s=5.0)
     _enter(more, _check(more), directory)  # a sweep may be made longer
     assert json.loads((directory.path / "run.json").read_text())["config"]["base"]["seed"] == 1
     other = sweep({"optim.lr": [1e-4]})
-    with pytest.raises(ConfigError, match=r"a run named 's' exists .*search.optim.lr: \[0.001\]"):
+    with pytest.raises(ConfigError, match=r"a run named 's' exists .*search.optim.lr: \[0.001, 0"):
         _enter(other, _check(other), directory)
-    changed = sweep({"optim.lr": [1e-3]}, overrides=["train.steps=30"])
+    changed = sweep({"optim.lr": [1e-3, 2e-3, 5e-3]}, overrides=["train.steps=30"])
     with pytest.raises(ConfigError, match=r"base.train.steps: 24 -> 30"):
         _enter(changed, _check(changed), directory)
 
