@@ -245,6 +245,28 @@ def tokens_of(setting: Setting, entry: Entry, seed: int, model: LoadedModel) -> 
     return setting.tokens_of(model, allow_gene_loss=lost)
 
 
+_kept_vectors: dict[tuple[str, str, str, bytes], tuple[F32, float]] = {}
+
+
+def _embedded(
+    key: tuple[str, str, str, bytes], embed: Callable[[], F32]
+) -> tuple[F32, float, float]:
+    """Vectors that are the same for every seed, made for the first of those done in a process.
+
+    Returns:
+        The vectors, the seconds it took to make them, and the seconds that were saved now: they
+        belong to the cost of every seed's row.
+    """
+    saved = key in _kept_vectors
+    if not saved:
+        begun = time.perf_counter()
+        vectors = embed()
+        _kept_vectors.clear()  # one at a time: they may be large
+        _kept_vectors[key] = vectors, time.perf_counter() - begun
+    vectors, spent = _kept_vectors[key]
+    return vectors, spent, spent if saved else 0.0
+
+
 def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     started = time.perf_counter()
     model = _body(setting, entry, part.seed)
@@ -252,9 +274,8 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     labels_asked = setting.unit.answers == "labels"
     joinids = part.asked
     read = np.union1d(part.split.train, joinids) if labels_asked else joinids
-    begun = time.perf_counter()
-    vectors = embed_cells(model, source, read)
-    rate = len(read) / (time.perf_counter() - begun)
+    key = (str(setting.directory), entry.name, model.path, read.tobytes())
+    vectors, spent, saved = _embedded(key, lambda: embed_cells(model, source, read))
     at = np.searchsorted(read, joinids)
     if labels_asked:
         train = vectors[np.searchsorted(read, part.split.train)]
@@ -266,14 +287,14 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
         answer = _named(part, found, joinids)
     else:
         answer = Answer(joinids, embedding=vectors[at])
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started + saved
     row = replace(
         _model_row(setting, entry, part, model),
         wall_s=seconds,
         cpu_hours=seconds / 3600,
         gpu_hours=0.0,
         n_gpus=0,
-        cells_per_s=rate,
+        cells_per_s=len(read) / spent,
     )
     made = {"model": model.path, "head": _head(setting, entry) if labels_asked else ""}
     return Outcome(answer, row, made, remarks=_loss_remarks(row))

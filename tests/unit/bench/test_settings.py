@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from cellray.bench.genes import gene_rows, genes_known, vocabulary_of
 from cellray.bench.record import kept_file, log_kept, read_rows, record, record_failure
 from cellray.bench.setting import Parent, open_setting
 from cellray.bench.suite import _check_alike, _conclude, _to_do, benchmark, check_benchmark
-from cellray.bench.work import answer_of, tuning_budget
+from cellray.bench.work import _embedded, answer_of, tuning_budget
 from cellray.core.errors import CheckpointError, ConfigError, DataError
 from cellray.core.section import read_toml, to_toml
 from cellray.runs import build_run
@@ -357,3 +358,21 @@ def test_one_process_at_a_time_works_on_a_benchmark(small_store, tmp_path):
     ):
         benchmark(run, print)
     assert not (tmp_path / "bench").exists()
+
+
+def test_seeds_of_a_frozen_model_share_its_vectors_and_each_row_bears_their_cost():
+    made = []
+
+    def embed():
+        made.append(1)
+        time.sleep(0.05)
+        return np.full((2, 3), len(made), dtype=np.float32)
+
+    key = ("bench/store", "m", "model", b"12")
+    first, spent, saved = _embedded(key, embed)
+    again, spent_again, saved_again = _embedded(key, embed)
+    assert again is first
+    assert (spent_again, saved, saved_again) == (spent, 0.0, spent)
+    assert spent >= 0.05
+    other, _, saved = _embedded((*key[:3], b"34"), embed)
+    assert (other[0, 0], saved) == (2.0, 0.0)

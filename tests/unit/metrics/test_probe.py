@@ -12,6 +12,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cellray.core.errors import DataError
+from cellray.metrics import probe as probes
 from cellray.metrics.probe import probe_embedding, probe_folds, probe_labels, scored_rows
 
 
@@ -109,3 +110,21 @@ def test_refusals() -> None:
         scored_rows(["a", "b", "c"], most=2)
     with pytest.raises(DataError, match="predictions hold classes that training lacked: z"):
         probe_labels(probe_folds(labels), lambda inside, outside: ["z"] * len(outside))
+
+
+def test_the_same_embedding_is_probed_once_and_another_anew(monkeypatch) -> None:
+    rng = np.random.default_rng(3)
+    labels = np.array([f"t{i % 3}" for i in range(90)], dtype=object)
+    points = rng.normal(size=(90, 4)) + np.arange(90)[:, None] % 3
+    first = probe_embedding(points, labels)
+    calls = []
+    real = probes._probe
+    monkeypatch.setattr(probes, "_probe", lambda *a: calls.append(1) or real(*a))
+    again = probe_embedding(points.copy(), labels.copy())
+    assert again == first
+    again["accuracy.knn_probe.v1"] = -1.0  # a copy, not what is kept
+    assert probe_embedding(points, labels) == first
+    assert not calls
+    assert probe_embedding(points, labels[::-1].copy()) != first
+    assert probe_embedding(points[:, :2], labels) != first
+    assert len(calls) == 2
