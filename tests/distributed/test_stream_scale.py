@@ -68,7 +68,7 @@ def test_a_killed_actor_loses_no_cell_and_repeats_none(small_store, ray_cluster)
     assert delivered == whole
 
 
-@pytest.mark.parametrize("stop", [7, 20])
+@pytest.mark.parametrize("stop", [7, pytest.param(20, marks=pytest.mark.slow)])
 def test_another_world_goes_on_where_the_first_stopped(small_store, ray_cluster, stop):
     source, plan = stream_of(small_store)
     ends = [(2, 0, stop), (3, stop, 2 * plan.batches_per_epoch)]

@@ -110,6 +110,7 @@ def test_a_run_of_factors_goes_on_from_a_checkpoint_bit_for_bit(
     assert again.train_accuracy == whole.train_accuracy
 
 
+@pytest.mark.slow
 def test_a_probe_of_drawn_weights_is_the_control_of_a_checkpoint(
     pretrained, small_store, ray_cluster, tmp_path
 ):

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _PARAM_CHARS = 6000  # MLflow's limit on a parameter's value
+_NOTE_CHARS = 8000  # MLflow's limit on a tag's value
 _PAGE_RUNS = 1000  # of one answer of the tracking store
 _BATCH = 100  # MLflow's limit on parameters in one call
 _STEP_KEYS = frozenset({"step", "epoch"})
@@ -214,7 +215,11 @@ class Tracker:
         self._client.log_text(self.run_id, text, name)
 
     def note(self, markdown: str) -> None:
-        """Set the run's description."""
+        """Set the run's description, in whole lines up to what MLflow keeps of one."""
+        if len(markdown) > _NOTE_CHARS:
+            kept = markdown[: _NOTE_CHARS - 80].rsplit("\n", 1)[0]
+            left = len(markdown[len(kept) :].strip().splitlines())
+            markdown = f"{kept}\n\n... and {left} more lines, in the artifacts"
         self._client.set_tag(self.run_id, "mlflow.note.content", markdown)
 
     def tag(self, key: str, value: str) -> None:

@@ -54,6 +54,20 @@ def test_the_default_store_lies_beside_the_runs(tmp_path):
     assert open_command(uri) == f"mlflow ui --backend-store-uri {uri}"
 
 
+def test_a_long_note_ends_with_a_whole_line_and_says_so(uri):
+    run = Tracker.start(uri, experiment="bench", name="noted")
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    lines = [f"| row {i} | {'x' * 90} |" for i in range(100)]
+    run.note("\n".join(lines) + "\n")
+    said = client.get_run(run.run_id).data.tags["mlflow.note.content"]
+    assert 7500 < len(said) <= 8000
+    *kept, _, last = said.split("\n")
+    assert kept == lines[: len(kept)]
+    assert last == f"... and {100 - len(kept)} more lines, in the artifacts"
+    run.note("short")
+    assert client.get_run(run.run_id).data.tags["mlflow.note.content"] == "short"
+
+
 def test_runs_nest_and_read_back(uri):
     parent = Tracker.start(uri, experiment="bench", name="parent")
     child = Tracker.start(
