@@ -85,7 +85,7 @@ def raw(setup: Setup, *, stock: bool) -> Rows:
     from cellray.data.storage import context
 
     joinids = setup.plan.joinids
-    settings = None if stock else context((), None)
+    settings = None if stock else context()
     place = f"{setup.store.uri}/ms/{setup.store.measurement}/X/{setup.store.layer}"
     with tiledbsoma.open(place, context=settings) as x:
         for first in range(0, len(joinids), 4096):

@@ -9,15 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import ray
 from scipy import sparse
 
+from cellray.bench import suite
 from cellray.bench.compare import compare
+from cellray.bench.entries import entries_of
+from cellray.bench.record import read_rows
+from cellray.bench.setting import open_setting
 from cellray.core.errors import ConfigError, DataError
 from cellray.core.section import to_toml
 from cellray.runs import build_run, run_job
@@ -227,6 +233,43 @@ def test_embeddings_are_framed_by_their_controls(pretrained, small_store, tmp_pa
     probe = board["accuracy.linear_probe.v1"]
     assert probe["logistic"] > 0.9 > probe["majority"]
     assert np.isnan(board.loc["logistic", "avg_bio.scgpt_leiden.v1"])
+
+
+def test_a_process_that_dies_is_started_once_more_and_then_has_failed(
+    small_store, ray_cluster, tmp_path
+):
+    config = benchmark_raw(small_store, tmp_path, {}, seeds=[0, 1], tracking={"enabled": False})
+    run = build_run("benchmark", config)
+    setting = open_setting(run, "store")
+    entries = [e for e in entries_of(setting) if e.name in ("majority", "knn")]
+
+    def dying(raw, files, work, parent, here):
+        """The majority's process is killed at its second seed, that of kNN at every try."""
+        tried = tmp_path / work.entry.name
+        first = not tried.exists()
+        tried.touch()
+        if work.entry.name == "majority" and first:
+            suite._work(raw, files, replace(work, seeds=(0,)), parent, here)
+        if work.entry.name == "knn" or first:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return suite._work(raw, files, work, parent, here)
+
+    said: list[str] = []
+    queue = suite._Queue(run, {"store": None}, said.append, 2)
+    queue._task = ray.remote(dying)
+    queue.run(suite._to_do(setting, entries), {"store": setting})
+    rows = read_rows(setting, entries)
+    assert {(r.seed, r.status) for r in rows if r.method == "majority"} == {(0, "ok"), (1, "ok")}
+    failed = [r for r in rows if r.method == "knn"]
+    assert [(r.seed, r.status, r.value) for r in failed] == [
+        (0, "failed", None),
+        (1, "failed", None),
+    ]
+    assert all("died" in r.error for r in failed)
+    once = sorted(line for line in said if line.endswith("its process died; once more"))
+    assert [line.split()[0] for line in once] == ["knn", "majority"]
+    assert [line for line in said if line.startswith("majority on store, seed 1: macro F1")]
+    assert said[-1].startswith("4/4 cells of the tables")
 
 
 def test_copies_across_the_split_are_an_error(tmp_path):

@@ -334,10 +334,11 @@ class _Queue:
         return options.remote(self._raw, self._files, work, parent, os.getcwd())
 
     def run(self, works: Sequence[Work], settings: Mapping[str, Setting]) -> None:
-        """Do all work; a process that dies is a cell that failed."""
+        """Do all work; a process that dies is started once more, then its cells failed."""
         total, done, started = sum(len(w.seeds) for w in works), 0, time.monotonic()
         waiting = list(works)
         running: dict[Any, Work] = {}
+        retried: set[tuple[str, str, int]] = set()
         try:
             while waiting or running:
                 while waiting and len(running) < self._at_a_time:
@@ -345,7 +346,16 @@ class _Queue:
                     running[self._submit(work)] = work
                 (ended,), _ = ray.wait(list(running), num_returns=1)
                 work = running.pop(ended)
-                lines = self._outcome(ended, work, settings[work.dataset])
+                setting = settings[work.dataset]
+                again = self._died(ended, work, setting)
+                at = (work.dataset, work.entry.name, again.seeds[0] if again else 0)
+                if again is not None and at not in retried:
+                    retried.add(at)
+                    self._say(f"{work.entry.name} on {work.dataset}: its process died; once more")
+                    waiting.append(again)
+                    done += len(work.seeds) - len(again.seeds)
+                    continue
+                lines = self._outcome(ended, work, setting)
                 done += len(work.seeds)
                 left = (time.monotonic() - started) / done * (total - done)
                 for line in lines:
@@ -356,6 +366,22 @@ class _Queue:
                 ray.cancel(task, force=True)
             self._say("interrupted: finished cells are kept, the same command does the others")
             raise
+
+    def _died(self, task: Any, work: Work, setting: Setting) -> Work | None:
+        """What is left to do if the task's process died; None if it ended in any other way.
+
+        One that ran out of memory would do so again.
+        """
+        try:
+            ray.get(task)
+        except ray.exceptions.OutOfMemoryError:
+            return None
+        except ray.exceptions.WorkerCrashedError:
+            undone = [s for s in work.seeds if not kept_file(setting, work.entry, s).is_file()]
+            return replace(work, seeds=tuple(undone)) if undone else None
+        except ray.exceptions.RayError:
+            return None
+        return None
 
     def _outcome(self, task: Any, work: Work, setting: Setting) -> list[str]:
         try:

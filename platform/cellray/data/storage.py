@@ -167,17 +167,17 @@ def settings(given: Mapping[str, str] | None = None, *, remote: bool = True) -> 
 
 
 @lru_cache(maxsize=8)
-def context(options: Settings = (), at_ms: int | None = None, *, remote: bool = False) -> Any:
-    """The TileDB context of this process for these settings.
+def context(options: Settings = (), *, remote: bool = False) -> Any:
+    """The TileDB context of this process for these settings, whatever moment is looked at.
+
+    It has threads of its own, so one is made and kept.
 
     Args:
         options: what was set; it goes over what cellray sets.
-        at_ms: the moment that is looked at; None is the latest.
         remote: whether it is for an object store.
     """
     return tiledbsoma.SOMATileDBContext(
-        tiledb_config={**_DEFAULTS, **(_REMOTE if remote else {}), **dict(options)},
-        timestamp=at_ms,
+        tiledb_config={**_DEFAULTS, **(_REMOTE if remote else {}), **dict(options)}
     )
 
 
@@ -233,7 +233,9 @@ def open_soma(uri: str, options: Settings = (), *, at_ms: int | None = None) -> 
             error that may pass.
     """
     try:
-        return tiledbsoma.open(uri, context=context(options, at_ms, remote="://" in uri))
+        return tiledbsoma.open(
+            uri, context=context(options, remote="://" in uri), tiledb_timestamp=at_ms
+        )
     except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
         if "://" in uri and "not a valid TileDB array or group" in str(error):
             raise DataError(f"there is no store at '{uri}'; check the uri") from None
