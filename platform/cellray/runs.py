@@ -266,7 +266,7 @@ class TuneRun(Run):
             ``optuna``, which proposes them from the trials before (TPE).
         scheduler: ``asha`` stops the worse trials early, ``pbt`` has them take over the weights of
             the better ones and go on with other values, ``none`` lets all trials end.
-        trials: configurations tried; 0 takes the whole grid, or 4.
+        trials: configurations tried; 0 takes the whole grid, or 4 (fewer where [search] has fewer).
         concurrent: trials at a time; the whole population with ``pbt``.
         trial_cpus: logical CPUs that a trial reserves beside the workers of its training run.
         metric: a validation metric that reports carry; trials are compared by it.

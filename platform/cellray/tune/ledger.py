@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cellray.core.errors import CheckpointError
+from cellray.core.jsonfile import read_json
 from cellray.train.checkpoint import verify
 from cellray.train.saving import NOTES, committed, newest_whole
 
@@ -212,7 +213,11 @@ def _link(source: str, target: str) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not file.is_file():
+        return {}
+    cure = "restore it from a copy, or give the sweep another name"
+    found: dict[str, Any] = read_json(file, what="note of a sweep", cure=cure)
+    return found
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from cellray.core.errors import CheckpointError
+from cellray.core.errors import CheckpointError, DataError
 from cellray.data.vocab import Vocab
 from cellray.runs import build_run
 from cellray.train.checkpoint import Manifest, read_checkpoint
@@ -82,6 +82,15 @@ def test_a_line_cut_short_is_left_out(ledger):
     file = ledger.folder(3) / "metrics.jsonl"
     file.write_text(file.read_text() + '{"step": 4, "validation/lo')
     assert [r.step for r in ledger.reports(3, 2)] == [2]
+
+
+def test_a_damaged_note_is_named_with_its_cure(ledger):
+    ledger.note(0, error="", point={"optim.lr": 1.0})
+    file = ledger.root / "trial000.json"
+    file.write_text(file.read_text()[:-2])
+    for read in (ledger.state, ledger.point):
+        with pytest.raises(DataError, match="is damaged, no note of a sweep: .* another name"):
+            read(0)
 
 
 def test_the_table_its_files_and_the_best(ledger):
