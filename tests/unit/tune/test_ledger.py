@@ -85,12 +85,12 @@ def test_a_line_cut_short_is_left_out(ledger):
 
 
 def test_a_damaged_note_is_named_with_its_cure(ledger):
-    ledger.note(0, error="", point={"optim.lr": 1.0})
-    file = ledger.root / "trial000.json"
+    ledger.note(7, error="", point={"optim.lr": 1.0})
+    file = ledger.root / "trial007.json"
     file.write_text(file.read_text()[:-2])
     for read in (ledger.state, ledger.point):
         with pytest.raises(DataError, match="is damaged, no note of a sweep: .* another name"):
-            read(0)
+            read(7)
 
 
 def test_the_table_its_files_and_the_best(ledger):
