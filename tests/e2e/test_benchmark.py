@@ -235,6 +235,27 @@ def test_embeddings_are_framed_by_their_controls(pretrained, small_store, tmp_pa
     assert np.isnan(board.loc["logistic", "avg_bio.scgpt_leiden.v1"])
 
 
+@pytest.mark.slow
+def test_a_method_tuned_to_integrate_stands_beside_itself_from_scratch(
+    pretrained, small_store, ray_cluster, tmp_path
+):
+    raw = finetune_raw(small_store, tmp_path, init_from=pretrained) | {
+        "task": {"name": "integration", "batch": "donor", "num_genes": 40},
+        "train": {"steps": 4, "log_every_steps": 4, "eval_every_steps": 4},
+    }
+    file = tmp_path / "integrate.toml"
+    file.write_text(to_toml(raw))
+    config = benchmark_raw(small_store, tmp_path, {"integrated": str(file)}) | {
+        "task": {"name": "integration", "batch": "donor", "num_genes": 40},
+    }
+    board = run_job(build_run("benchmark", config)).tables["store"].set_index("method")
+    wanted = ["integrated", "integrated_scratch", "integrated_random", "pca", "harmony"]
+    assert (board.loc[wanted, "status"] == "ok").all()
+    totals = board.loc[wanted, "total_60_40.bio5_batch5.v1"]
+    assert totals.between(0, 1).all()
+    assert totals["integrated"] != totals["integrated_random"]
+
+
 def test_a_process_that_dies_is_started_once_more_and_then_has_failed(
     small_store, ray_cluster, tmp_path
 ):

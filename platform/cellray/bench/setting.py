@@ -214,8 +214,13 @@ class Setting:
         }
 
     def trained_remarks(self, part: Part, train_accuracy: float) -> tuple[str, ...]:
-        """A flag on a model that does no better on its training cells than the majority class."""
+        """A flag on a model that does no better on its training cells than the majority class.
+
+        None where no class is learnt: of an embedding there is no such accuracy.
+        """
         codes = self.codes(part, part.split.train)
+        if not part.targets.classes:
+            return ()
         majority = float(np.bincount(codes).max() / len(codes))
         sampled = min(len(codes), 1024)
         if not did_it_train(train_accuracy, majority, num_cells=sampled):

@@ -376,3 +376,14 @@ def test_seeds_of_a_frozen_model_share_its_vectors_and_each_row_bears_their_cost
     assert spent >= 0.05
     other, _, saved = _embedded((*key[:3], b"34"), embed)
     assert (other[0, 0], saved) == (2.0, 0.0)
+
+
+def test_only_models_that_learn_classes_are_asked_whether_they_did(small_store, tmp_path):
+    setting = open_setting(bench(small_store, tmp_path), "store")
+    assert setting.trained_remarks(setting.first, 0.95) == ()
+    (remark,) = setting.trained_remarks(setting.first, 0.3)
+    assert remark.startswith("did not train")
+    for name in ("embedding", "integration"):
+        task = {"name": name, "label": "cell_type", "batch": "donor"}
+        setting = open_setting(bench(small_store, tmp_path, task=task), "store")
+        assert setting.trained_remarks(setting.first, float("nan")) == ()
