@@ -144,7 +144,7 @@ def test_a_killed_sweep_goes_on_without_repeating_what_was_done(small_store, tmp
 def test_an_interrupted_sweep_says_that_it_can_go_on_and_a_time_limit_ends_it(
     small_store, tmp_path
 ):
-    base = write_base(small_store, tmp_path, steps=4000, eval_every_steps=20)
+    base = write_base(small_store, tmp_path, steps=16000, eval_every_steps=80)
     raw = sweep_raw(base, tmp_path, scheduler="none")
     config, log = tmp_path / "sweep.toml", tmp_path / "log"
     config.write_text(to_toml(raw))
@@ -169,12 +169,12 @@ def test_an_interrupted_sweep_says_that_it_can_go_on_and_a_time_limit_ends_it(
     reached = json.loads((home / "trials.json").read_text())["trials"][0]["reports"]
     assert reached >= 2
 
-    config.write_text(to_toml(raw | {"time_limit_s": 180.0}))
+    config.write_text(to_toml(raw | {"time_limit_s": 120.0}))
     with open(log, "w") as out:
         assert start(config, out).wait(500) == 0
     said = log.read_text()
     assert "trial 0 goes on" in said
-    assert "time limit of 180 s reached; trials that run are stopped" in said
+    assert "time limit of 120 s reached; trials that run are stopped" in said
     assert "best: trial 0, validation/loss = " in said
     assert "some trials have not finished; the same command goes on with them" in said
     facts = json.loads((home / "trials.json").read_text())

@@ -1,10 +1,11 @@
 """The features that baselines share: log-normalised variable genes, and principal components.
 
-As scanpy does them unless told otherwise: genes of the ``seurat`` flavor, components of centred,
-unscaled genes (scaling to unit variance would make the many barely detected genes as loud as the
-markers). Everything is fitted on training cells and applied unchanged to others: the choice of
-genes, their scale, the components. All of it is exact linear algebra without random numbers, so the
-same training cells give the same features whatever the seed.
+As scanpy does them unless told otherwise: genes of the ``seurat`` flavor, within batches where an
+embedding knows them, components of centred, unscaled genes (scaling to unit variance would make the
+many barely detected genes as loud as the markers). Everything is fitted on training cells and
+applied unchanged to others: the choice of genes, their scale, the components. All of it is exact
+linear algebra without random numbers, so the same training cells give the same features whatever
+the seed.
 
 Legend: N cells, G genes of the data, K chosen genes, P components.
 """
@@ -22,7 +23,7 @@ from scipy import linalg, sparse
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from cellray.baselines.base import BaselineConfig, CellCounts, check_genes
-from cellray.data.variable import Flavor, GeneMoments, choose_variable
+from cellray.data.variable import Flavor, GeneMoments, choose_variable_by_batch
 
 __all__ = [
     "ComponentConfig",
@@ -143,15 +144,26 @@ class GeneFeatures:
         return chosen
 
 
-def fit_genes(counts: sparse.csr_matrix, config: FeatureConfig) -> GeneFeatures:
+def fit_genes(
+    counts: sparse.csr_matrix, config: FeatureConfig, batches: I64 | None = None
+) -> GeneFeatures:
     """Choose variable genes and measure their scale on training cells ``counts`` (N, G).
+
+    Args:
+        counts: raw counts.
+        config: how many genes, and which.
+        batches: (N,) code of each cell's batch: genes are chosen that vary within batches, as scIB
+            has them for every method (doi:10.1038/s41592-021-01336-8); None takes all cells as one.
 
     Raises:
         DataError: no gene varies.
     """
-    moments = GeneMoments.of_counts(counts, target_sum=config.target_sum)
-    genes = choose_variable(
-        moments, num_genes=config.num_genes, min_cells=config.min_cells, flavor=config.flavor
+    parts = [counts] if batches is None else [counts[batches == b] for b in np.unique(batches)]
+    genes = choose_variable_by_batch(
+        [GeneMoments.of_counts(part, target_sum=config.target_sum) for part in parts],
+        num_genes=config.num_genes,
+        min_cells=config.min_cells,
+        flavor=config.flavor,
     )
     scale = _deviations(log_normalise(counts, target_sum=config.target_sum)[:, genes].tocsr())
     keep = scale > 0  # equal after log1p up to rounding: nothing to learn from
@@ -224,13 +236,15 @@ class Projection:
         return self.components.apply(self.genes.apply(counts))
 
 
-def fit_projection(counts: sparse.csr_matrix, config: ComponentConfig) -> Projection:
-    """Variable genes and their principal components of training cells ``counts`` (N, G).
+def fit_projection(
+    counts: sparse.csr_matrix, config: ComponentConfig, batches: I64 | None = None
+) -> Projection:
+    """Variable genes and their principal components; arguments as those of :func:`fit_genes`.
 
     Raises:
         DataError: no gene varies.
     """
-    genes = fit_genes(counts, config)
+    genes = fit_genes(counts, config, batches)
     return Projection(genes, fit_components(genes.apply(counts), config.num_components))
 
 

@@ -166,7 +166,7 @@ def _embed(
         assert query.batches is not None
         every = np.concatenate([every, query.batches])
     names, codes = np.unique(every, return_inverse=True)
-    genes = fit_genes(cells.counts, config)
+    genes = fit_genes(cells.counts, config, cells.batches)
     first = genes.apply(cells.counts)
     second = None if query is None else genes.apply(query.counts)
     together = first if second is None else sparse.csr_matrix(sparse.vstack([first, second]))

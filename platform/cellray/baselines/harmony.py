@@ -61,7 +61,9 @@ def _correct(config: HarmonyConfig, components: F32, batches: I64, seed: int) ->
 def _embed(
     config: HarmonyConfig, cells: CellCounts, query: CellCounts | None, seed: int
 ) -> tuple[F32, F32 | None]:
-    first, second = for_both(fit_projection(cells.counts, config).apply, cells, query)
+    first, second = for_both(
+        fit_projection(cells.counts, config, cells.batches).apply, cells, query
+    )
     assert cells.batches is not None
     components, batches = first, cells.batches
     if query is not None and second is not None:

@@ -27,7 +27,7 @@ class HvgConfig(FeatureConfig):
 def _embed(
     config: HvgConfig, cells: CellCounts, query: CellCounts | None, seed: int
 ) -> tuple[F32, F32 | None]:
-    genes = fit_genes(cells.counts, config)
+    genes = fit_genes(cells.counts, config, cells.batches)
 
     def dense(counts: sparse.csr_matrix) -> F32:
         return np.asarray(genes.apply(counts).toarray(), dtype=np.float32)

@@ -22,7 +22,7 @@ class PcaConfig(ComponentConfig):
 def _embed(
     config: PcaConfig, cells: CellCounts, query: CellCounts | None, seed: int
 ) -> tuple[F32, F32 | None]:
-    return for_both(fit_projection(cells.counts, config).apply, cells, query)
+    return for_both(fit_projection(cells.counts, config, cells.batches).apply, cells, query)
 
 
 BASELINE = BaselineUnit(

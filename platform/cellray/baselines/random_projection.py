@@ -35,7 +35,7 @@ class RandomProjectionConfig(FeatureConfig):
 def _embed(
     config: RandomProjectionConfig, cells: CellCounts, query: CellCounts | None, seed: int
 ) -> tuple[F32, F32 | None]:
-    genes = fit_genes(cells.counts, config)
+    genes = fit_genes(cells.counts, config, cells.batches)
     shape = (len(genes.genes), config.num_dimensions)
     axes = np.random.default_rng(seed).standard_normal(shape) / np.sqrt(shape[1])
 

@@ -110,7 +110,7 @@ def _latent(config: ScviConfig, counts: sparse.csr_matrix, batches: I64, seed: i
 def _embed(
     config: ScviConfig, cells: CellCounts, query: CellCounts | None, seed: int
 ) -> tuple[F32, F32 | None]:
-    genes = fit_genes(cells.counts, config).genes
+    genes = fit_genes(cells.counts, config, cells.batches).genes
     assert cells.batches is not None
     counts, batches = cells.counts[:, genes], cells.batches
     if query is not None:

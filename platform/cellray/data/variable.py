@@ -94,6 +94,15 @@ class GeneMoments:
             num_cells=counts.shape[0],
         )
 
+    def only(self, genes: npt.NDArray[np.bool_]) -> GeneMoments:
+        """The same with no cell that expresses any other gene: (G,) which are kept."""
+        return GeneMoments(
+            np.where(genes, self.total, 0.0),
+            np.where(genes, self.square, 0.0),
+            np.where(genes, self.detected, 0),
+            self.num_cells,
+        )
+
     def __add__(self, other: GeneMoments) -> GeneMoments:
         return GeneMoments(
             self.total + other.total,
@@ -133,19 +142,18 @@ def _by_rank(dispersion: F64, mean: F64) -> F64:
     return result
 
 
-def _ranked(moments: GeneMoments, min_cells: int, flavor: Flavor) -> I64:
-    """Positions of genes that vary, the most outstanding first; none if none varies."""
+def _scored(moments: GeneMoments, min_cells: int, flavor: Flavor) -> tuple[I64, F64]:
+    """Positions of genes that vary, ascending, and how much each stands out."""
     num = moments.num_cells
     mean = moments.total / max(num, 1)
     variance = np.maximum(moments.square / max(num, 1) - mean**2, 0.0) * (num / max(num - 1, 1))
     enough = moments.detected >= min(min_cells, num)
     candidates = np.flatnonzero(enough & (variance > 0) & (mean > 0))
     if not len(candidates):
-        return candidates
+        return candidates, np.zeros(0)
     dispersion = np.log(variance[candidates] / mean[candidates])
     standardised = _by_width if flavor == "seurat" else _by_rank
-    score = standardised(dispersion, mean[candidates])
-    return np.asarray(candidates[np.argsort(-score, kind="stable")], dtype=np.int64)
+    return candidates, standardised(dispersion, mean[candidates])
 
 
 def choose_variable(
@@ -179,15 +187,20 @@ def choose_variable_by_batch(
 ) -> I64:
     """Genes that stand out within batches, so that differences between batches choose none.
 
-    Each batch ranks its genes and proposes its best ``num_genes``. Taken are those of the best
-    median rank over the batches that propose them, ties by the number of these batches: the rule
-    that scGPT's integration recipe takes from scanpy (``flavor="seurat_v3", batch_key``), here on
-    this module's score.
+    Each batch proposes its best ``num_genes``; those of several batches are joined as scanpy does
+    it for its flavors:
+
+    - ``cell_ranger``: by the median rank over the batches that propose a gene, ties by the number
+      of these batches: scanpy's rule for ``seurat_v3``, which scGPT's integration recipe takes, on
+      this module's score.
+    - ``seurat``: by the number of batches that propose a gene, ties by its mean score over all
+      batches (0 where it does not vary).
 
     Args:
         moments: of the training cells of each batch.
         num_genes: genes at most.
-        min_cells: cells of a batch that must detect a candidate.
+        min_cells: cells that must detect a candidate, in each batch (``cell_ranger``) or in all of
+            them together (``seurat``).
         flavor: how genes of like mean are compared.
 
     Returns:
@@ -197,10 +210,15 @@ def choose_variable_by_batch(
         DataError: no gene varies in any batch.
     """
     num = sum(batch.num_cells for batch in moments)
-    ranks = np.full((len(moments), len(moments[0].total)), np.nan)
+    shape = (len(moments), len(moments[0].total))
+    ranks, scores = np.full(shape, np.nan), np.zeros(shape)
+    least = min_cells if flavor == "cell_ranger" or len(moments) == 1 else 1
+    detected = np.sum([batch.detected for batch in moments], axis=0) >= min(min_cells, num)
     for row, batch in enumerate(moments):
-        best = _ranked(batch, min_cells, flavor)[:num_genes]
-        ranks[row, best] = np.arange(len(best))
+        candidates, score = _scored(batch.only(detected), least, flavor)
+        best = np.argsort(-score, kind="stable")[:num_genes]
+        ranks[row, candidates[best]] = np.arange(len(best))
+        scores[row, candidates] = score
     votes = (~np.isnan(ranks)).sum(axis=0)
     proposed = np.flatnonzero(votes)
     if not len(proposed):
@@ -208,6 +226,8 @@ def choose_variable_by_batch(
             f"no gene varies among the {num} training cells (detected in at least {min_cells}); "
             "train on more cells or lower min_cells"
         )
-    median = np.nanmedian(ranks[:, proposed], axis=0)
-    order = np.lexsort((proposed, -votes[proposed], median))
-    return np.sort(proposed[order[:num_genes]]).astype(np.int64)
+    if flavor == "seurat":
+        keys = (proposed, -scores[:, proposed].mean(axis=0), -votes[proposed])
+    else:
+        keys = (proposed, -votes[proposed], np.nanmedian(ranks[:, proposed], axis=0))
+    return np.sort(proposed[np.lexsort(keys)[:num_genes]]).astype(np.int64)

@@ -35,12 +35,13 @@ _COMPONENTS = 50
 _MOST_DRAWN = 20_000
 
 
-def unintegrated(cells: Cells, joinids: I64) -> F32:
+def unintegrated(cells: Cells, joinids: I64, batch: str = "") -> F32:
     """Principal components of log-normalised variable genes, (N, P): cells before integration.
 
     Args:
         cells: the selection.
         joinids: (N,) ascending cells.
+        batch: obs column; genes are chosen that vary within its values. "" takes all cells as one.
     """
     store = cells.store
     every = np.arange(store.num_genes, dtype=np.int32)
@@ -50,7 +51,11 @@ def unintegrated(cells: Cells, joinids: I64) -> F32:
         shape = (len(block), store.num_genes)
         parts.append(sparse.csr_matrix((block.counts, block.genes, block.indptr), shape=shape))
     counts = sparse.csr_matrix(sparse.vstack(parts))
-    genes = fit_genes(counts, FeatureConfig(name="unintegrated")).apply(counts)
+    batches = None
+    if batch:
+        column = cells.obs[batch].astype(str).to_numpy()
+        batches = np.unique(column[np.searchsorted(cells.joinids, joinids)], return_inverse=True)[1]
+    genes = fit_genes(counts, FeatureConfig(name="unintegrated"), batches).apply(counts)
     return fit_components(genes, _COMPONENTS).apply(genes)
 
 
@@ -80,7 +85,7 @@ def score_embedding(
     obs = prepared.cells.obs.iloc[np.searchsorted(prepared.cells.joinids, asked)]
     obs = obs.reset_index(drop=True)
     config = prepared.config
-    before = unintegrated(prepared.cells, asked)
+    before = unintegrated(prepared.cells, asked, config.batch)
     scores = unit.score_embedding(obs, config, embedding, before, prepared.job.seed)
     if not to_dict(config).get("umap", False):
         return scores, ()

@@ -101,7 +101,8 @@ def test_genes_are_those_of_the_cells_fitted_on(name: str) -> None:
     cells, _ = cells_of()
     dense = cells.counts.toarray()
     train = cells.rows(np.arange(100))
-    chosen = fit_genes(train.counts, FeatureConfig(name=name, num_genes=40)).genes
+    wanted = FeatureConfig(name=name, num_genes=40)
+    chosen = fit_genes(train.counts, wanted, train.batches).genes
     left_out = np.setdiff1d(np.arange(120), chosen)
     dense[100:, left_out] = dense[100:, left_out[::-1]]  # library sizes stay
     query = cells.rows(np.arange(100, 150))
@@ -113,8 +114,22 @@ def test_genes_are_those_of_the_cells_fitted_on(name: str) -> None:
 def test_the_variable_genes_are_the_features_of_the_others() -> None:
     cells, _ = cells_of()
     found = embed_with(baseline("hvg"), small("hvg"), cells, 0)
-    genes = fit_genes(cells.counts, FeatureConfig(name="hvg", num_genes=40))
+    genes = fit_genes(cells.counts, FeatureConfig(name="hvg", num_genes=40), cells.batches)
     np.testing.assert_array_equal(found, genes.apply(cells.counts).toarray())
+
+
+def test_a_gene_that_differs_between_batches_alone_is_no_feature() -> None:
+    cells, _ = cells_of()
+    assert cells.batches is not None
+    dense = cells.counts.toarray()
+    dense[:, 77] = np.where(cells.batches == 0, 40, 1)
+    shifted = CellCounts(sparse.csr_matrix(dense), cells.batches)
+    wanted = FeatureConfig(name="x", num_genes=40)
+    assert 77 in fit_genes(shifted.counts, wanted).genes
+    assert 77 not in fit_genes(shifted.counts, wanted, shifted.batches).genes
+    hvg = embed_with(baseline("hvg"), small("hvg"), shifted, 0)
+    chosen = fit_genes(shifted.counts, wanted, shifted.batches)
+    np.testing.assert_array_equal(hvg, chosen.apply(shifted.counts).toarray())
 
 
 def test_a_random_projection_keeps_distances_on_average() -> None:
@@ -129,8 +144,9 @@ def test_a_random_projection_keeps_distances_on_average() -> None:
 
 
 @pytest.mark.parametrize("k", [15])
-def test_knn_is_the_vote_in_the_components(k: int) -> None:
+def test_knn_is_the_vote_in_the_components_of_cells_taken_as_one_batch(k: int) -> None:
     cells, labels = cells_of()
+    cells = CellCounts(cells.counts)
     train, query = cells.rows(np.arange(100)), cells.rows(np.arange(100, 150))
     vote = annotate_with(baseline("knn"), small("knn"), train, labels[:100], query, 0)
     embedded = annotate_with(baseline("pca"), small("pca"), train, labels[:100], query, 0)
