@@ -153,12 +153,15 @@ def fit_genes(
         counts: raw counts.
         config: how many genes, and which.
         batches: (N,) code of each cell's batch: genes are chosen that vary within batches, as scIB
-            has them for every method (doi:10.1038/s41592-021-01336-8); None takes all cells as one.
+            has them for every method (doi:10.1038/s41592-021-01336-8); None, or batches of one cell
+            each, takes all cells as one.
 
     Raises:
         DataError: no gene varies.
     """
-    parts = [counts] if batches is None else [counts[batches == b] for b in np.unique(batches)]
+    codes = np.zeros(counts.shape[0]) if batches is None else batches
+    values, sizes = np.unique(codes, return_counts=True)
+    parts = [counts[codes == b] for b in values] if (sizes > 1).any() else [counts]
     genes = choose_variable_by_batch(
         [GeneMoments.of_counts(part, target_sum=config.target_sum) for part in parts],
         num_genes=config.num_genes,

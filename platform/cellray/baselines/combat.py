@@ -96,7 +96,7 @@ def _shrunk(means: F64, variances: F64, num: int) -> tuple[F64, F64]:
     """
     centre, spread = float(means.mean()), float(means.var(ddof=1))
     middle = float(variances.mean())
-    about = max(float(variances.var(ddof=1)), 1e-12 * middle**2)
+    about = max(float(variances.var(ddof=1)), 1e-12 * middle**2, 1e-300)  # 0: a batch of zeros
     shape = 2.0 + middle**2 / about
     scale = middle * (shape - 1.0)
     shift, variance = means, variances
@@ -150,7 +150,7 @@ def fit_adjustment(cells: sparse.csr_matrix, batches: I64, num_batches: int) -> 
         if count > 1:
             spread = within[batch, varies] / pooled[varies] * count / (count - 1)
             shift, variance = _shrunk(standard, spread, count)
-        slope = 1.0 / np.sqrt(variance)
+        slope = 1.0 / np.sqrt(np.where(variance > 0, variance, 1.0))
         factor[batch, varies] = slope
         offset[batch, varies] = grand[varies] - (grand[varies] + shift * deviation) * slope
         factor[batch, ~varies], offset[batch, ~varies] = 0.0, grand[~varies]

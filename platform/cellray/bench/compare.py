@@ -24,7 +24,7 @@ from cellray.bench.reported import reported, reported_for
 from cellray.bench.rows import TABLE_NOTES, ResultRow, kept_rows, seedless
 from cellray.bench.table import leaderboard
 from cellray.core.errors import ConfigError, DataError, did_you_mean
-from cellray.core.jsonfile import read_json
+from cellray.core.jsonfile import read_table
 from cellray.tasks.base import task
 from cellray.train.tracking import Tracker, check_tracking
 
@@ -130,8 +130,8 @@ def compare(
     return where
 
 
-def _json(file: Path, what: str) -> Any:
-    return read_json(file, what=what, cure="run the command that wrote it again")
+def _json(file: Path, what: str, *keys: str) -> dict[str, Any]:
+    return read_table(file, *keys, what=what, cure="run the command that wrote it again")
 
 
 def _sweeps(sources: Sequence[str]) -> dict[str, Path]:
@@ -139,7 +139,14 @@ def _sweeps(sources: Sequence[str]) -> dict[str, Path]:
     found = {}
     for source in map(Path, sources):
         if (source / _SWEEP).is_file() and (source / "trials.json").is_file():
-            facts = _json(source / "trials.json", "list of a sweep's trials")
+            facts = _json(
+                source / "trials.json",
+                "list of a sweep's trials",
+                "name",
+                "trials",
+                "metric",
+                "best",
+            )
             heading = f"{facts['name']}: {len(facts['trials'])} trials by {facts['metric']}"
             found[f"{heading}, best {facts['best']}"] = source
     return found
@@ -150,7 +157,7 @@ def _find(source: str, mlflow_uri: str) -> list[Found]:
     if folder.is_dir():
         tracked = folder / "mlflow.json"
         if tracked.is_file():
-            known = _json(tracked, "note of an MLflow run")
+            known = _json(tracked, "note of an MLflow run", "uri", "run_id")
             return _tracked(known["uri"], known["run_id"], folder)
         inner = [f for f in sorted(folder.iterdir()) if (f / "results").is_dir()]
         if inner and not (folder / "results").is_dir():  # a benchmark: a folder a data set

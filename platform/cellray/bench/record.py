@@ -216,7 +216,10 @@ def record_failure(
     )
     rows = failed_rows(template, error, status=status)
     begun = setting.directory / f"{entry.name}-seed{part.seed}" / "mlflow.json"
-    known = json.loads(begun.read_text())["run_id"] if begun.is_file() else ""
+    try:
+        known = str(json.loads(begun.read_text())["run_id"]) if begun.is_file() else ""
+    except (ValueError, KeyError, TypeError):  # damaged: the failure is logged to a run of its own
+        known = ""
     child = _child(setting, entry, part.seed, known)
     if child is not None:
         rows = [replace(row, run_id=child.run_id) for row in rows]

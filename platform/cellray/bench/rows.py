@@ -283,6 +283,8 @@ def kept_rows(file: Path) -> list[ResultRow]:
     raw = read_json(file, what="result of a benchmark", cure=cure)
     try:
         rows = [row_from(row) for row in raw]
+    except DataError as error:
+        raise DataError(f"'{file}': {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
         rows = []
         cure = f"{error}; {cure}"

@@ -314,6 +314,13 @@ def _files(run: BenchmarkRun) -> dict[str, Mapping[str, Any]]:
     return {path: read_toml(path) for path in sorted(paths)}
 
 
+_DEATHS = (
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
+)
+
+
 class _Queue:
     """Units of work as Ray tasks, a few at a time, with what is said of each."""
 
@@ -324,6 +331,7 @@ class _Queue:
         self._raw, self._files = ray.put(raw), ray.put(_files(run))
         self._at_a_time, self._parents, self._say = at_a_time, parents, say
         self._task = ray.remote(_work)
+        self._began = time.time()
 
     def _submit(self, work: Work) -> Any:
         cpus = _WORK_CPUS if work.entry.kind == "finetune" else 1.0
@@ -376,12 +384,22 @@ class _Queue:
             ray.get(task)
         except ray.exceptions.OutOfMemoryError:
             return None
-        except ray.exceptions.WorkerCrashedError:
-            undone = [s for s in work.seeds if not kept_file(setting, work.entry, s).is_file()]
-            return replace(work, seeds=tuple(undone)) if undone else None
+        except _DEATHS:
+            undone = self._undone(work, setting)
+            return replace(work, seeds=undone) if undone else None
         except ray.exceptions.RayError:
             return None
         return None
+
+    def _undone(self, work: Work, setting: Setting) -> tuple[int, ...]:
+        """Seeds that have neither a result nor a failure of their own in this run."""
+
+        def done(seed: int) -> bool:
+            file = kept_file(setting, work.entry, seed)
+            failed = file.with_suffix(".failed")
+            return file.is_file() or (failed.is_file() and failed.stat().st_mtime >= self._began)
+
+        return tuple(seed for seed in work.seeds if not done(seed))
 
     def _outcome(self, task: Any, work: Work, setting: Setting) -> list[str]:
         try:
@@ -390,9 +408,13 @@ class _Queue:
         except ray.exceptions.RayError as error:
             how: Status = "oom" if isinstance(error, ray.exceptions.OutOfMemoryError) else "failed"
             text = _short(error)
-            undone = [s for s in work.seeds if not kept_file(setting, work.entry, s).is_file()]
+            undone = self._undone(work, setting)
             for seed in undone:
                 record_failure(setting, setting.part(seed), work.entry, text, status=how)
+            if not undone:
+                return [
+                    f"{work.entry.name} on {work.dataset}: done; then its process ended: {text}"
+                ]
             return [f"{work.entry.name} on {work.dataset}: failed: {text}"]
 
 

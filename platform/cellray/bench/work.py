@@ -245,12 +245,16 @@ def tokens_of(setting: Setting, entry: Entry, seed: int, model: LoadedModel) -> 
     return setting.tokens_of(model, allow_gene_loss=lost)
 
 
-_kept_vectors: dict[tuple[str, str, str, bytes], tuple[F32, float]] = {}
+_kept_vectors: dict[tuple[Any, ...], tuple[F32, float]] = {}
 
 
-def _embedded(
-    key: tuple[str, str, str, bytes], embed: Callable[[], F32]
-) -> tuple[F32, float, float]:
+def _weights(setting: Setting, entry: Entry, seed: int) -> str:
+    """What tells weights apart: their digest; "" of those that a seed draws."""
+    checkpoint = checkpoint_of(setting, entry, seed)
+    return weights_sha256(checkpoint) if checkpoint else ""
+
+
+def _embedded(key: tuple[Any, ...], embed: Callable[[], F32]) -> tuple[F32, float, float]:
     """Vectors that are the same for every seed, made for the first of those done in a process.
 
     Returns:
@@ -273,8 +277,11 @@ def _frozen(setting: Setting, part: Part, entry: Entry) -> Outcome:
     source = tokens_of(setting, entry, part.seed, model)
     labels_asked = setting.unit.answers == "labels"
     joinids = part.asked
-    read = np.union1d(part.split.train, joinids) if labels_asked else joinids
-    key = (str(setting.directory), entry.name, model.path, read.tobytes())
+    # seeds have other training and validation cells, but the same of both together
+    learnt = np.union1d(part.split.train, part.split.validation)
+    read = np.union1d(learnt, joinids) if labels_asked else joinids
+    body = (model.path, repr(model.manifest), model.vocab.fingerprint)
+    key = (setting.content_sha256, *body, _weights(setting, entry, part.seed), read.tobytes())
     vectors, spent, saved = _embedded(key, lambda: embed_cells(model, source, read))
     at = np.searchsorted(read, joinids)
     if labels_asked:

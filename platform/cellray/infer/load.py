@@ -270,13 +270,15 @@ class LoadedModel:
 
     def tokens(self, adata: ad.AnnData, *, layer: str | None = None) -> TokenBlock:
         """Tokenise the cells of an AnnData; warns of what the model will not see of them."""
-        return self._tokens(adata, layer)[0]
+        return self._tokens(adata, layer, stacklevel=4)[0]
 
-    def _tokens(self, adata: ad.AnnData, layer: str | None) -> tuple[TokenBlock, Flags]:
+    def _tokens(
+        self, adata: ad.AnnData, layer: str | None, *, stacklevel: int
+    ) -> tuple[TokenBlock, Flags]:
         """Tokens, and which cells (N,) have no counts of the model's genes."""
         block, covered = _covered_block(adata, self.vocab, layer)
         for remark in self._remarks(covered):
-            warnings.warn(remark, stacklevel=4)
+            warnings.warn(remark, stacklevel=stacklevel)
         return tokenise_content(self.tokenizer, block), np.diff(block.indptr) == 0
 
     def _remarks(self, covered: VocabCoverage) -> list[str]:
@@ -345,7 +347,7 @@ class LoadedModel:
         """
         cutoff = self.cutoff if refuse_below is None else checked_cutoff(refuse_below)
         codes = self.covariates_of(adata.obs)
-        tokens, empty = self._tokens(adata, layer)
+        tokens, empty = self._tokens(adata, layer, stacklevel=3)
         probabilities = self.classify_tokens(tokens, covariates=codes)
         best = probabilities.argmax(axis=1)
         labels = np.asarray(self.manifest.classes, dtype=object)[best]

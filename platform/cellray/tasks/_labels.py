@@ -8,7 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-__all__ = ["NO_LABEL", "column_texts", "given", "labels_of"]
+from cellray.core.errors import DataError
+
+__all__ = ["NO_LABEL", "check_several", "column_texts", "given", "labels_of"]
 
 BoolArray = npt.NDArray[np.bool_]
 Texts = npt.NDArray[np.object_]
@@ -35,3 +37,22 @@ def labels_of(column: pd.Series, ignored: Sequence[str]) -> Texts:
 def given(labels: Texts) -> BoolArray:
     """(N,) True where there is a label."""
     return np.array([value is not None for value in labels], dtype=bool)
+
+
+def check_several(labels: Texts, column: str) -> None:
+    """An embedding is scored by how it tells labels apart: refuse fewer than two, before work.
+
+    Raises:
+        DataError: they are all one, or there is none.
+    """
+    values = sorted(set(labels.tolist()))
+    if len(values) < 2:
+        told = (
+            f"all {len(labels)} cells have the '{column}' '{values[0]}'"
+            if values
+            else (f"no cell has a '{column}'")
+        )
+        raise DataError(
+            f"{told}: an embedding is scored by how it tells labels apart; choose another column "
+            "as task.label"
+        )

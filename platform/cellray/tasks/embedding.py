@@ -11,7 +11,7 @@ import pandas as pd
 from cellray.core.errors import DataError
 from cellray.models.base import EmbedsCells
 from cellray.tasks._embedded import score_cells
-from cellray.tasks._labels import NO_LABEL, column_texts, given, labels_of
+from cellray.tasks._labels import NO_LABEL, check_several, column_texts, given, labels_of
 from cellray.tasks.base import Split, Targets, Task, TaskConfig, check_columns, ids_sha256
 
 __all__ = ["TASK", "EmbeddingConfig", "embedding_split", "score_embedding"]
@@ -65,12 +65,7 @@ def embedding_split(obs: pd.DataFrame, config: EmbeddingConfig, *, seed: int) ->
             f"'{config.label}' that is not in task.ignore_labels"
             + (f" and {int(placed.sum())} a '{config.batch}'" if config.batch else "")
         )
-    values = set(labels[labelled & placed].tolist())
-    if len(values) < 2:
-        raise DataError(
-            f"all {len(joinids)} cells have the '{config.label}' '{values.pop()}': an embedding is "
-            "scored by how it tells labels apart; choose another column as task.label"
-        )
+    check_several(labels[labelled & placed], config.label)
     none = np.zeros(0, dtype=np.int64)
     left_out = {"no label": int((~labelled).sum()), "no batch": int((labelled & ~placed).sum())}
     return Split(

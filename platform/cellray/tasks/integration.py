@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from cellray.core.errors import DataError
 from cellray.data.split import hash_unit
 from cellray.models.base import EmbedsCells
-from cellray.tasks._labels import column_texts, given
+from cellray.tasks._labels import check_several, column_texts, given, labels_of
 from cellray.tasks.base import OWN, Split, Targets, Task, check_columns, ids_sha256
 from cellray.tasks.embedding import EmbeddingConfig, score_embedding
 
@@ -79,7 +79,7 @@ def integration_split(obs: pd.DataFrame, config: IntegrationConfig, *, seed: int
         seed: chooses the validation cells.
 
     Raises:
-        DataError: fewer than two batches, or an empty part.
+        DataError: fewer than two batches or labels, or an empty part.
     """
     batches = column_texts(obs[config.batch])
     placed = given(batches)
@@ -89,6 +89,8 @@ def integration_split(obs: pd.DataFrame, config: IntegrationConfig, *, seed: int
             f"task.batch = '{config.batch}': the cells are of {len(there)} batch "
             f"({', '.join(there) or 'none'}); there is nothing to integrate with fewer than two"
         )
+    labels = labels_of(obs[config.label], config.ignore_labels)
+    check_several(labels[given(labels) & placed], config.label)
     kept = obs[placed]
     names = kept[CELL_KEY if CELL_KEY in kept else JOINID].astype(str).to_numpy(dtype=object)
     inside = hash_unit(names, salt=seed) < config.validation_fraction

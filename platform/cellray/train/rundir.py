@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cellray.core.errors import CheckpointError, ConfigError
-from cellray.core.jsonfile import read_json
+from cellray.core.jsonfile import read_table
 from cellray.core.section import flatten, to_toml
 from cellray.train.saving import NOTES
 
@@ -94,8 +94,8 @@ class RunDirectory:
         if not file.is_file():
             return {}
         cure = "restore it from a copy, or give the run another name"
-        found: dict[str, Any] = read_json(file, what="file of a run", cure=cure)
-        return found
+        keys = ("config",) if name == "run.json" else ()
+        return read_table(file, *keys, what="file of a run", cure=cure)
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file of the run, at once."""

@@ -219,7 +219,7 @@ class Tracker:
         if len(markdown) > _NOTE_CHARS:
             kept = markdown[: _NOTE_CHARS - 80].rsplit("\n", 1)[0]
             left = len(markdown[len(kept) :].strip().splitlines())
-            markdown = f"{kept}\n\n... and {left} more lines, in the artifacts"
+            markdown = f"{kept}\n\n(further lines, in the artifacts: {left})" if left else kept
         self._client.set_tag(self.run_id, "mlflow.note.content", markdown)
 
     def tag(self, key: str, value: str) -> None:

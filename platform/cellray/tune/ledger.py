@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cellray.core.errors import CheckpointError
-from cellray.core.jsonfile import read_json
+from cellray.core.jsonfile import read_table
 from cellray.train.checkpoint import verify
 from cellray.train.saving import NOTES, committed, newest_whole
 
@@ -216,8 +216,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     cure = "restore it from a copy, or give the sweep another name"
-    found: dict[str, Any] = read_json(file, what="note of a sweep", cure=cure)
-    return found
+    return read_table(file, what="note of a sweep", cure=cure)
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cellray.core.draw import Draw
 from cellray.core.errors import ConfigError
 from cellray.tune.space import Axis, Choice, Space, grid, parse_space, sample
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Seen", "fixed_points", "number_of_trials", "propose"]
 
 _DEFAULT_TRIALS = 4
+_REPEATS = 30  # draws in a row without a new point: the rest is listed
+_MOST_LISTED = 1_000_000
 _RANDOM_FIRST = 4  # trials before a model of the results is worth having
 
 
@@ -89,13 +93,34 @@ def _drawn(run: TuneRun, space: Space) -> list[dict[str, Any]]:
             'algorithm = "grid"'
         )
     points: dict[str, dict[str, Any]] = {}
-    for draw in itertools.count():
+    again = 0  # draws in a row that gave nothing new: a function of the draws alone, so a sweep
+    for draw in itertools.count():  # that is made longer has the points it had
+        if len(points) == num or again == _REPEATS:
+            break
         point = sample(space, draw, seed=run.seed)
-        again = run.scheduler == "pbt" and len(points) >= most > 0
-        points.setdefault(f"{draw} again" if again else json.dumps(point, sort_keys=True), point)
-        if len(points) == num:
-            return list(points.values())
-    raise AssertionError
+        key = json.dumps(point, sort_keys=True)
+        again = again + 1 if key in points else 0
+        points.setdefault(key, point)
+    found = list(points.values())
+    if len(found) < num and 0 < most <= _MOST_LISTED:
+        found += _others(space, set(points), run.seed)
+    if len(found) < num and run.scheduler == "pbt":
+        found = list(itertools.islice(itertools.cycle(found), num))
+    if len(found) < num:
+        raise ConfigError(
+            f"trials = {num}, but only {len(found)} different points of [search] were found; "
+            "give fewer trials or wider intervals"
+        )
+    return found[:num]
+
+
+def _others(space: Space, known: set[str], seed: int) -> list[dict[str, Any]]:
+    """The points of a finite space that are not known, in an order of the seed's own."""
+    every = itertools.product(*(axis.all() for axis in space.values()))
+    points = [dict(zip(space, values, strict=True)) for values in every]
+    left = [point for point in points if json.dumps(point, sort_keys=True) not in known]
+    order = np.argsort(Draw(seed).bits("search.others", np.arange(len(left))), kind="stable")
+    return [left[i] for i in order]
 
 
 def propose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,8 +27,12 @@ class Choice:
         return self.values[int(u * len(self.values))]
 
     def size(self) -> int:
-        """How many values there are."""
-        return len(self.values)
+        """How many different values there are."""
+        return len(self.all())
+
+    def all(self) -> list[Any]:
+        """Each value once."""
+        return list({json.dumps(value, sort_keys=True): value for value in self.values}.values())
 
     def ends(self) -> list[Any]:
         """Every value: what a configuration must be able to take."""
@@ -76,6 +81,10 @@ class Interval:
     def size(self) -> int:
         """How many values there are; 0 where they cannot be counted."""
         return int(self.high) - int(self.low) + 1 if self.integer else 0
+
+    def all(self) -> list[Any]:
+        """Each whole number."""
+        return list(range(int(self.low), int(self.high) + 1))
 
     def ends(self) -> list[Any]:
         """Both bounds: what a configuration must be able to take."""

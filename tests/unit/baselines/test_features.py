@@ -136,3 +136,10 @@ def test_nothing_varies() -> None:
     same = sparse.csr_matrix(np.ones((5, 3), dtype=np.float32))
     with pytest.raises(DataError, match="no gene varies among the 5 training cells"):
         chosen(same, num_genes=2)
+
+
+def test_batches_of_one_cell_are_taken_as_one() -> None:
+    counts, _ = made_cells(60)
+    wanted = FeatureConfig(name="x", num_genes=30)
+    alone = fit_genes(counts, wanted, np.arange(60))
+    np.testing.assert_array_equal(alone.genes, fit_genes(counts, wanted).genes)

@@ -307,6 +307,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     file.write_text(file.read_text()[:50])
     with pytest.raises(DataError, match=f"'{file}' is damaged, no result of a benchmark"):
         compare([str(folder)], print)
-    (folder / "mlflow.json").write_text("{")
-    with pytest.raises(DataError, match="mlflow.json' is damaged, no note of an MLflow run"):
-        compare([str(folder)], print)
+    for text in ("{", "{}", "[]", "3", '{"uri": 1}', "[" * 200_000):
+        (folder / "mlflow.json").write_text(text)
+        with pytest.raises(DataError, match="mlflow.json' is damaged, no note of an MLflow run"):
+            compare([str(folder)], print)

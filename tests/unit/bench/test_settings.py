@@ -19,10 +19,12 @@ from cellray.bench.suite import _check_alike, _conclude, _to_do, benchmark, chec
 from cellray.bench.work import _embedded, answer_of, tuning_budget
 from cellray.core.errors import CheckpointError, ConfigError, DataError
 from cellray.core.section import read_toml, to_toml
+from cellray.data.ingest import IngestConfig, ingest
 from cellray.runs import build_run
 from cellray.train.finetune import prepare_finetune
 from cellray.train.rundir import RunDirectory
 from cellray.train.tracking import Tracker
+from helpers_cells import known_cells
 
 TASK = {
     "name": "annotation",
@@ -387,3 +389,29 @@ def test_only_models_that_learn_classes_are_asked_whether_they_did(small_store, 
         task = {"name": name, "label": "cell_type", "batch": "donor"}
         setting = open_setting(bench(small_store, tmp_path, task=task), "store")
         assert setting.trained_remarks(setting.first, float("nan")) == ()
+
+
+def test_vectors_are_those_of_the_data_set_and_of_the_weights_asked_for(small_store, tmp_path):
+    """Two stores under one name in one process: neither gets the other's vectors."""
+    counts = known_cells(seed=5)
+    counts.write_h5ad(tmp_path / "other.h5ad")
+    other = str(tmp_path / "other")
+    ingest(IngestConfig(files=[str(tmp_path / "other.h5ad")], uri=other))
+    found = {}
+    for uri in (small_store, other, small_store):
+        run = bench(uri, tmp_path, methods={"m": method_file(tmp_path)})
+        setting = open_setting(run, *run.datasets)
+        entry = next(e for e in entries_of(setting) if e.name == "m_random")
+        answer = answer_of(setting, setting.first, entry).answer
+        again = found.setdefault(uri, answer.confidence)
+        np.testing.assert_array_equal(again, answer.confidence)
+    assert not np.array_equal(found[small_store], found[other])
+
+
+def test_an_integration_by_one_label_is_refused_first(small_store, tmp_path):
+    task = {"name": "integration", "label": "donor", "batch": "cell_type"}
+    run = bench(small_store, tmp_path, task=task, data={
+        "uri": small_store, "obs_filter": "donor == 'd1'",
+    })  # fmt: skip
+    with pytest.raises(DataError, match="all 60 cells have the 'donor' 'd1': an embedding is"):
+        check_benchmark(run)

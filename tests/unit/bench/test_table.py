@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rows_by_hand import HEAD, baselines, row, runs
 from scipy import stats
 
+from cellray.bench.rows import kept_rows
 from cellray.bench.table import (
     SCHEMA_VERSION,
     ResultRow,
@@ -373,3 +374,11 @@ def test_no_scale_of_a_metric_changes_ranks_tests_or_scaled_scores(a: float, b: 
         assert one[name].tolist() == pytest.approx(two[name].tolist(), abs=1e-6, nan_ok=True)
     assert one[f"{HEAD}.best"].tolist() == two[f"{HEAD}.best"].tolist()
     assert one["note"].tolist() == two["note"].tolist()
+
+
+def test_a_result_of_a_newer_version_is_not_to_be_removed(tmp_path) -> None:
+    file = tmp_path / "knn-seed0.json"
+    file.write_text('[{"method": "knn", "new_field": 1}]')
+    with pytest.raises(DataError, match="knn-seed0.json': .* newer version") as told:
+        kept_rows(file)
+    assert "remove" not in str(told.value)

@@ -65,8 +65,9 @@ def test_cells_without_counts_and_cutoffs_that_are_no_probability(model_dir, tmp
     counts = cells.X.toarray()
     counts[3] = 0
     cells.X = sparse.csr_matrix(counts)
-    with pytest.warns(UserWarning, match="1 of 240 cells have no counts of the model's genes"):
+    with pytest.warns(UserWarning, match="1 of 240 cells have no counts") as told:
         found = model.annotate(cells, refuse_below=0.0)
+    assert {one.filename for one in told} == {__file__}
     assert found.iloc[3].tolist() == ["Unassigned", 0.0]
     pd.testing.assert_frame_equal(found.drop(found.index[3]), whole.drop(whole.index[3]))
     source = tmp_path / "cells.h5ad"

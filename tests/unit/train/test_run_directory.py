@@ -3,7 +3,7 @@ import multiprocessing
 
 import pytest
 
-from cellray.core.errors import CheckpointError
+from cellray.core.errors import CheckpointError, DataError
 from cellray.train.rundir import RunDirectory
 
 
@@ -43,3 +43,13 @@ def test_one_process_trains_a_run_at_a_time(tmp_path):
         pass
     with run.held():
         pass
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '{"a": 1}', "{"])
+def test_a_damaged_record_of_a_run_is_never_taken_for_a_new_run(tmp_path, text):
+    directory = RunDirectory(str(tmp_path), "run")
+    directory.enter({"name": "run"}, {}, "auto")
+    (directory.path / "run.json").write_text(text)
+    with pytest.raises(DataError, match="run.json' is damaged, no file of a run: .* another name"):
+        directory.enter({"name": "run"}, {}, "auto")
+    assert (directory.path / "run.json").read_text() == text

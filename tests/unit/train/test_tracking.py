@@ -63,7 +63,7 @@ def test_a_long_note_ends_with_a_whole_line_and_says_so(uri):
     assert 7500 < len(said) <= 8000
     *kept, _, last = said.split("\n")
     assert kept == lines[: len(kept)]
-    assert last == f"... and {100 - len(kept)} more lines, in the artifacts"
+    assert last == f"(further lines, in the artifacts: {100 - len(kept)})"
     run.note("short")
     assert client.get_run(run.run_id).data.tags["mlflow.note.content"] == "short"
 

@@ -95,3 +95,19 @@ def test_trials_are_compared_on_validation_cells_only():
 def test_population_based_training_cannot_follow_optuna():
     with pytest.raises(ConfigError, match="cannot follow algorithm = 'optuna'"):
         sweep(algorithm="optuna", scheduler="pbt")
+
+
+@pytest.mark.timeout(60)
+def test_values_that_repeat_and_spaces_that_are_too_narrow():
+    """No search for points that are not there, however the space hides it."""
+    assert len(fixed_points(sweep(search={"a": [1, 1]}))) == 1
+    with pytest.raises(ConfigError, match="has only 2 points"):
+        fixed_points(sweep(search={"a": [1, 2, 1]}, trials=3))
+    assert len(fixed_points(sweep(search={"a": [1, 1]}, scheduler="pbt", trials=4))) == 4
+    narrow = {"a": {"low": 1.0, "high": 1.0000000000000002}}
+    with pytest.raises(ConfigError, match=r"trials = 4, but only [12] different points"):
+        fixed_points(sweep(search=narrow, trials=4))
+    wide = {"a": {"low": 1, "high": 3000, "scale": "log"}}
+    every = fixed_points(sweep(search=wide, trials=3000))
+    assert sorted(point["a"] for point in every) == list(range(1, 3001))
+    assert fixed_points(sweep(search=wide, trials=2500)) == every[:2500]
