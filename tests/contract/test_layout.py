@@ -30,6 +30,7 @@ HOMES = {
         "tune/inside.py",
         "tune/schedule.py",
         "tune/sweep.py",
+        "bench/queue.py",
         "bench/suite.py",
         "ops/submit.py",
         "ops/doctor.py",

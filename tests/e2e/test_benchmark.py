@@ -19,7 +19,7 @@ import pytest
 import ray
 from scipy import sparse
 
-from cellray.bench import suite
+from cellray.bench import queue, suite
 from cellray.bench.compare import compare
 from cellray.bench.entries import entries_of
 from cellray.bench.record import read_rows
@@ -270,15 +270,15 @@ def test_a_process_that_dies_is_started_once_more_and_then_has_failed(
         first = not tried.exists()
         tried.touch()
         if work.entry.name == "majority" and first:
-            suite._work(raw, files, replace(work, seeds=(0,)), parent, here)
+            queue._work(raw, files, replace(work, seeds=(0,)), parent, here)
         if work.entry.name == "knn" or first:
             os.kill(os.getpid(), signal.SIGKILL)
-        return suite._work(raw, files, work, parent, here)
+        return queue._work(raw, files, work, parent, here)
 
     said: list[str] = []
-    queue = suite._Queue(run, {"store": None}, said.append, 2)
-    queue._task = ray.remote(dying)
-    queue.run(suite._to_do(setting, entries), {"store": setting})
+    todo = queue.Queue(run, {"store": None}, said.append, 2)
+    todo._task = ray.remote(dying)
+    todo.run(suite._to_do(setting, entries), {"store": setting})
     rows = read_rows(setting, entries)
     assert {(r.seed, r.status) for r in rows if r.method == "majority"} == {(0, "ok"), (1, "ok")}
     failed = [r for r in rows if r.method == "knn"]
