@@ -159,6 +159,11 @@ class FinetuneRun(_TrainingRun):
                 "init_weights = false needs init_from, the checkpoint whose architecture, genes "
                 "and tokenizer it keeps; a [model] section is trained from drawn weights anyway"
             )
+        if set(self.register_as) & set("/:") or self.register_as != self.register_as.strip():
+            raise ValueError(
+                f"register_as = '{self.register_as}': a registered model's name has no '/', no ':' "
+                "and no blanks around it"
+            )
         return self
 
 

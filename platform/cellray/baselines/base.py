@@ -186,6 +186,8 @@ class BaselineUnit:
         requires: Python modules of an optional extra that it needs.
         extra: name of that extra.
         trials: config -> configurations it tries before it settles on one: its tuning budget.
+        revision: raised when the same configuration begins to give other answers, so that a
+            benchmark that goes on does not mix both.
 
     Raises:
         ConfigError: it offers nothing, or it is made from the truth and calls itself a baseline.
@@ -207,6 +209,7 @@ class BaselineUnit:
     requires: tuple[str, ...] = ()
     extra: str = ""
     trials: Callable[[Any], int] = _one_trial
+    revision: int = 1
 
     def __post_init__(self) -> None:
         offers = (self.label, self.embed, self.embed_labels)

@@ -42,4 +42,5 @@ BASELINE = BaselineUnit(
     answers=("labels", "embedding"),
     seed_scope="",
     title="2,000 log-normalised variable genes as they are",
+    revision=2,  # genes that vary within batches
 )

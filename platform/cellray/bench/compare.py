@@ -118,6 +118,10 @@ def compare(
         _print(boards, say)
         named = [Path(source) for source in sources if Path(source).is_dir()]
         where = Path(html) if html else (named[0] / _PAGE if named else Path(_PAGE))
+        if where.is_dir():
+            raise ConfigError(
+                f"'{where}' is a folder; name the page's file, e.g. '{where / _PAGE}'"
+            )
         title = ", ".join(dict.fromkeys(one.name for one in found))
         shown = {str(board.table.attrs["dataset_id"]) for board in boards}
         tasks = {str(board.table.attrs["task"]) for board in boards}

@@ -278,7 +278,7 @@ def made_by(setting: Setting, entry: Entry, seed: int) -> dict[str, Any]:
     """The whole configuration that decides an entry's answers."""
     if entry.kind == "baseline":
         unit = baseline(entry.unit)
-        return to_dict(unit.config(name=unit.name))
+        return to_dict(unit.config(name=unit.name)) | {"revision": unit.revision}
     assert entry.method is not None
     if entry.method.config:
         return to_dict(finetune_run(setting, entry, seed))

@@ -40,7 +40,17 @@ from cellray.metrics.refusal import score_refusal
 from cellray.tasks.base import score_labels
 from cellray.train.tracking import Tracker
 
-__all__ = ["kept_answer", "kept_file", "log_kept", "read_rows", "record", "record_failure"]
+__all__ = [
+    "check_answer",
+    "kept_answer",
+    "kept_file",
+    "log_kept",
+    "read_rows",
+    "record",
+    "record_failure",
+]
+
+_ANSWERS = (".csv", ".npy", ".probe")  # labels, vectors, scores of a method without an embedding
 
 
 def kept_file(setting: Setting, entry: Entry, seed: int) -> Path:
@@ -84,8 +94,39 @@ def _keep_answer(setting: Setting, entry: Entry, seed: int, answer: Answer) -> t
 
 
 def kept_answer(setting: Setting, entry: Entry, part: Part) -> Answer | None:
-    """The answer of a finished cell of the table, None if there is none."""
+    """The answer of a finished cell of the table, None if there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
     file = kept_file(setting, entry, part.seed)
+    try:
+        return _read_answer(file, part)
+    except (OSError, ValueError, KeyError) as error:  # pandas' and NumPy's among them
+        raise DataError(
+            f"the answers beside '{file}' are damaged: {error}; remove that file, and the same "
+            "benchmark does that cell of the table again"
+        ) from error
+
+
+def check_answer(setting: Setting, entry: Entry, row: ResultRow) -> None:
+    """Refuse answers that are not those that were scored.
+
+    Raises:
+        DataError: they are gone, or another file than the one whose hash is in the row.
+    """
+    assert row.seed is not None
+    file = kept_file(setting, entry, row.seed)
+    answers = [f for f in map(file.with_suffix, _ANSWERS) if f.is_file()]
+    if row.predictions_sha256 not in [hashlib.sha256(f.read_bytes()).hexdigest() for f in answers]:
+        raise DataError(
+            f"the answers beside '{file}' are not those that were scored (SHA-256 "
+            f"{row.predictions_sha256[:12]}); restore them, or remove that file, and the same "
+            "benchmark does that cell of the table again"
+        )
+
+
+def _read_answer(file: Path, part: Part) -> Answer | None:
     if file.with_suffix(".csv").is_file():
         frame = pd.read_csv(
             file.with_suffix(".csv"), dtype={"predicted": str}, keep_default_na=False
@@ -252,7 +293,7 @@ def log_kept(setting: Setting, entries: Sequence[Entry]) -> int:
             child = _child(setting, entry, seed, "")
             assert child is not None
             _log(child, replace(own_fields(rows[0]), run_id=child.run_id), scores_of(rows), {})
-            for suffix in (".csv", ".npy", ".probe"):
+            for suffix in _ANSWERS:
                 if file.with_suffix(suffix).is_file():
                     child.artifact(file.with_suffix(suffix), "answers")
             child.end("FINISHED")

@@ -28,7 +28,7 @@ from cellray.bench.entries import (
 )
 from cellray.bench.genes import gene_rows, vocabulary_of
 from cellray.bench.queue import Queue, Work
-from cellray.bench.record import kept_file, log_kept
+from cellray.bench.record import check_answer, kept_file, log_kept
 from cellray.bench.rows import kept_rows
 from cellray.bench.setting import Parent, Setting, open_setting
 from cellray.bench.work import (
@@ -109,7 +109,7 @@ def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
 
     Raises:
         ConfigError: a kept result was made by another one.
-        DataError: one is damaged.
+        DataError: one is damaged, or its answers are not those that were scored.
     """
     for entry in entries:
         for seed in setting.run.seeds:
@@ -117,6 +117,7 @@ def _check_kept(setting: Setting, entries: Sequence[Entry]) -> None:
             if not file.is_file():
                 continue
             row = kept_rows(file)[0]
+            check_answer(setting, entry, row)
             kept = flatten(json.loads(row.params_json))
             now = flatten(made_by(setting, entry, seed))
             free = ("tracking.", "checkpoint.", "scale.", "tuning_budget")

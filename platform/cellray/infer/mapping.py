@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from cellray.core.errors import ConfigError, DataError
+from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.data.h5ad import H5adFile
 from cellray.infer.embed import embed_cells, token_source
 from cellray.infer.load import UNASSIGNED, LoadedModel, load
 from cellray.infer.reference import EMBEDDING, Origin, Reference, partial_of
 from cellray.metrics.classification import score_annotation
 from cellray.metrics.refusal import score_refusal
+from cellray.tasks._labels import NO_LABEL, given, labels_of
 from cellray.train.prepare import Cells, select_cells
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _reference_cells(section: ReferenceSection, model: LoadedModel) -> tuple[Cel
         return list(dict.fromkeys([section.label, *section.columns, *donors, *covariates]))
 
     cells = select_cells(section.data, columns)
-    labelled = cells.obs[section.label].notna().to_numpy()
+    labelled = given(labels_of(cells.obs[section.label], NO_LABEL))
     if not labelled.any():
         raise DataError(f"no cell of the reference has a '{section.label}'")
     obs = cells.obs[labelled].reset_index(drop=True)
@@ -254,6 +255,7 @@ def _query(run: MapRun, model: LoadedModel, say: Say) -> tuple[ad.AnnData, F32]:
         with H5adFile(run.query.h5ad):
             pass  # says what is wrong with a file that anndata could not read
         adata = ad.read_h5ad(run.query.h5ad)
+        _check_query_label(run, list(adata.obs.columns))
         say(f"{adata.n_obs} query cells of {run.query.h5ad}")
         return adata, model.embed(adata, layer=run.query.layer or None)
     cells = _query_cells(run, model)
@@ -271,10 +273,26 @@ def _query_cells(run: MapRun, model: LoadedModel) -> Cells:
     assert run.query.data is not None
     wanted = [_query_label(run), *run.reference.columns, *run.reference.donor_columns]
     covariates = list(model.manifest.covariates)
-    return select_cells(
-        run.query.data,
-        lambda known: list(dict.fromkeys(c for c in [*wanted, *covariates] if c in known)),
-    )
+
+    def columns(known: list[str]) -> list[str]:
+        _check_query_label(run, known)
+        return list(dict.fromkeys(c for c in [*wanted, *covariates] if c in known))
+
+    return select_cells(run.query.data, columns)
+
+
+def _check_query_label(run: MapRun, known: Sequence[str]) -> None:
+    if run.query.label and run.query.label not in known:
+        raise ConfigError(
+            f"query.label = '{run.query.label}' is no obs column of the queries."
+            f"{did_you_mean(run.query.label, known)} They have: {', '.join(known)}"
+        )
+
+
+def _check_output(run: MapRun) -> None:
+    """The queries are read again by whoever checks the answer: they are not written over."""
+    if run.query.h5ad and Path(run.output).resolve() == Path(run.query.h5ad).resolve():
+        raise ConfigError(f"output = '{run.output}' is the query file; name another file")
 
 
 def _query_label(run: MapRun) -> str:
@@ -307,7 +325,7 @@ def _scores(
     """Annotation metrics over the queries whose label is known; empty if none is."""
     if label not in adata.obs:
         return {}
-    known = adata.obs[label].notna().to_numpy()
+    known = given(labels_of(adata.obs[label], NO_LABEL))
     if not known.any():
         return {}
     truth = adata.obs[label].astype(str).to_numpy()[known]
@@ -349,6 +367,7 @@ def map_cells(run: MapRun, say: Say) -> MapResult:
         CellrayError: model, reference and queries do not fit each other; see
             :func:`open_reference`.
     """
+    _check_output(run)
     model = load(run.model)
     reference, reused = open_reference(run, model, say)
     adata, vectors = _query(run, model, say)
@@ -398,6 +417,7 @@ def check_map(run: MapRun) -> list[str]:
     Raises:
         CellrayError: as in :func:`map_cells`.
     """
+    _check_output(run)
     model = load(run.model)
     section = run.reference
     if Path(section.folder).exists():

@@ -39,8 +39,8 @@ class Choice:
         return list(self.values)
 
     def grid(self, key: str) -> list[Any]:
-        """The values a grid walks."""
-        return list(self.values)
+        """The values a grid walks, each once."""
+        return self.all()
 
     def nearest(self, value: Any) -> Any:
         """``value``, which is one of the list."""

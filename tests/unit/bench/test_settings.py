@@ -13,7 +13,7 @@ from cellray.bench.conclude import _unshown
 from cellray.bench.config import MethodSection
 from cellray.bench.entries import entries_of, finetune_run, left_out
 from cellray.bench.genes import gene_rows, genes_known, vocabulary_of
-from cellray.bench.record import kept_file, log_kept, read_rows, record, record_failure
+from cellray.bench.record import kept_answer, kept_file, log_kept, read_rows, record, record_failure
 from cellray.bench.setting import Parent, open_setting
 from cellray.bench.suite import _check_alike, _conclude, _to_do, benchmark, check_benchmark
 from cellray.bench.work import _embedded, answer_of, tuning_budget
@@ -414,4 +414,36 @@ def test_an_integration_by_one_label_is_refused_first(small_store, tmp_path):
         "uri": small_store, "obs_filter": "donor == 'd1'",
     })  # fmt: skip
     with pytest.raises(DataError, match="all 60 cells have the 'donor' 'd1': an embedding is"):
+        check_benchmark(run)
+
+
+def test_answers_that_were_changed_after_they_were_scored_are_refused(small_store, tmp_path):
+    run = bench(small_store, tmp_path)
+    setting = open_setting(run, "store")
+    entries = finished(setting, seeds=(0,))
+    check_benchmark(run)
+    entry = next(e for e in entries if e.name == "knn")
+    answers = kept_file(setting, entry, 0).with_suffix(".csv")
+    whole = answers.read_bytes()
+    for content in (whole.replace(b"type0", b"type1"), whole[:40], b"", b"\xff\xfe\x00"):
+        answers.write_bytes(content)
+        with pytest.raises(DataError, match="knn-seed0.json' are not those that were scored"):
+            check_benchmark(run)
+    for content in (b"", b"\xff\xfe\x00", b"a,b\n1,2\n"):
+        answers.write_bytes(content)
+        with pytest.raises(DataError, match="the answers beside .*knn-seed0.json' are damaged"):
+            kept_answer(setting, entry, setting.first)
+    answers.write_bytes(whole)
+    check_benchmark(run)
+
+
+def test_results_of_an_older_revision_of_a_baseline_are_not_mixed_in(small_store, tmp_path):
+    run = bench(small_store, tmp_path)
+    setting = open_setting(run, "store")
+    entries = finished(setting, seeds=(0,))
+    entry = next(e for e in entries if e.name == "hvg")
+    file = kept_file(setting, entry, 0)
+    assert "revision" in file.read_text()
+    file.write_text(file.read_text().replace('\\"revision\\": 2', '\\"revision\\": 1'))
+    with pytest.raises(ConfigError, match=r"a result of 'hvg' with other settings \(revision\)"):
         check_benchmark(run)

@@ -174,10 +174,27 @@ def test_donors_and_cells_on_both_sides_are_told(stores, model_folder, tmp_path)
 
 
 def test_queries_without_labels_are_not_scored(stores, model_folder, tmp_path):
-    query = {"h5ad": str(stores / "queries.h5ad"), "label": "truth"}
+    bare = ad.read_h5ad(stores / "queries.h5ad")
+    del bare.obs["cell_type"]
+    bare.write_h5ad(tmp_path / "bare.h5ad")
+    query = {"h5ad": str(tmp_path / "bare.h5ad")}
     result = map_cells(run_of(stores, model_folder, tmp_path, query=query), tell([]))
     assert result.scores == {}
     assert not any("accuracy" in line for line in result.lines())
+    wrong = query | {"label": "cell_typ"}
+    with pytest.raises(ConfigError, match="query.label = 'cell_typ' is no obs column of the quer"):
+        map_cells(run_of(stores, model_folder, tmp_path, query=wrong), tell([]))
+
+
+def test_the_query_file_is_not_written_over(stores, model_folder, tmp_path):
+    file = tmp_path / "mapped.h5ad"
+    file.write_bytes((stores / "queries.h5ad").read_bytes())
+    before = file.read_bytes()
+    run = run_of(stores, model_folder, tmp_path, query={"h5ad": str(file)})
+    for work in (lambda: map_cells(run, tell([])), lambda: check_map(run)):
+        with pytest.raises(ConfigError, match="mapped.h5ad' is the query file; name another"):
+            work()
+    assert file.read_bytes() == before
 
 
 def test_check_embeds_nothing_and_tells_what_there_is(stores, model_folder, tmp_path):
