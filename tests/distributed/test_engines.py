@@ -286,7 +286,8 @@ def test_a_state_goes_on_under_another_engine_stage_and_number_of_workers(
                 same_weights(rank[key][1], plain[1])
 
 
-@pytest.mark.parametrize("world", [3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [3, 4])
 def test_workers_of_unlike_shares_equal_one(world, plain):
     """12 cells over 3 and 4 ranks, micro-batches of at most 4: passes are evened out."""
     for losses, _ in run_distributed(train, world=world, args=("deepspeed", 2)):

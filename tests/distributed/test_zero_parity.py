@@ -88,6 +88,7 @@ def test_accumulation_does_not_change_the_loss(reference):
     check([losses_of("scgpt", "torch", 0, 2)], reference["scgpt"])
 
 
+@pytest.mark.slow
 def test_zero_3_exports_a_frozen_table_whole():
     """A table above ZeRO's persistence threshold (1e5 values) is sharded although it is frozen."""
     arguments = ({"freeze_genes": True, "width": 48}, 2300)

@@ -184,6 +184,7 @@ def test_a_killed_run_goes_on_with_another_number_of_workers(
         assert got[step] == pytest.approx(loss, rel=1e-5), step
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_cells(small_store, tmp_path):
     """A learning rate beyond reason: the weights overflow, and the run does not go on with them."""
     run = pretrain_run(
