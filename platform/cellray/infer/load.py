@@ -329,6 +329,12 @@ class LoadedModel:
         codes = self.covariates_of(adata.obs)
         return self.embed_tokens(self.tokens(adata, layer=layer), covariates=codes)
 
+    def embed_seen(self, adata: ad.AnnData, *, layer: str | None = None) -> tuple[F32, Flags]:
+        """As :meth:`embed`, and (N,) which cells have counts of the model's genes at all."""
+        codes = self.covariates_of(adata.obs)
+        tokens, empty = self._tokens(adata, layer, stacklevel=3)
+        return self.embed_tokens(tokens, covariates=codes), ~empty
+
     def annotate(
         self, adata: ad.AnnData, *, layer: str | None = None, refuse_below: float | None = None
     ) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -249,24 +250,34 @@ def _refuse_changed(found: Reference, section: ReferenceSection, cells: Cells) -
         )
 
 
-def _query(run: MapRun, model: LoadedModel, say: Say) -> tuple[ad.AnnData, F32]:
-    """The query cells (with counts if they come from a file) and their embedding."""
+def _query(
+    run: MapRun, model: LoadedModel, say: Say
+) -> tuple[ad.AnnData, F32, npt.NDArray[np.bool_]]:
+    """The query cells (with counts if they come from a file), their embedding, which have counts.
+
+    Of cells in a store all are taken to have some.
+    """
     if run.query.data is None:
         with H5adFile(run.query.h5ad):
             pass  # says what is wrong with a file that anndata could not read
         adata = ad.read_h5ad(run.query.h5ad)
         _check_query_label(run, list(adata.obs.columns))
         say(f"{adata.n_obs} query cells of {run.query.h5ad}")
-        return adata, model.embed(adata, layer=run.query.layer or None)
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always", UserWarning)
+            vectors, seen = model.embed_seen(adata, layer=run.query.layer or None)
+        for remark in remarks:
+            say(f"warning: queries: {remark.message}")
+        return adata, vectors, seen
     cells = _query_cells(run, model)
     data = run.query.data
-    source, warnings = token_source(model, cells, allow_gene_loss=data.allow_gene_loss)
-    for warning in warnings:
+    source, told = token_source(model, cells, allow_gene_loss=data.allow_gene_loss)
+    for warning in told:
         say(f"warning: queries: {warning}")
     vectors = embed_cells(model, source, cells.joinids, cells_micro=run.cells_micro, say=say)
     obs = cells.obs.copy()
     obs.index = pd.Index(obs["soma_joinid"].astype(str), name="cell")
-    return ad.AnnData(obs=obs), vectors
+    return ad.AnnData(obs=obs), vectors, np.ones(len(vectors), dtype=bool)
 
 
 def _query_cells(run: MapRun, model: LoadedModel) -> Cells:
@@ -370,15 +381,17 @@ def map_cells(run: MapRun, say: Say) -> MapResult:
     _check_output(run)
     model = load(run.model)
     reference, reused = open_reference(run, model, say)
-    adata, vectors = _query(run, model, say)
+    adata, vectors, seen = _query(run, model, say)
     for leak in _leaks(reference, adata.obs, run.reference.donor_columns):
         say(f"warning: {leak}")
     answer = reference.map(vectors, k=run.k)
+    answer["confidence"] = np.where(seen, answer["confidence"], 0.0)
     same = int((answer["distance"] == 0).sum())
     if same:
         say(f"warning: {same} query cells lie exactly on a reference cell: are they in it?")
     scores = _scores(adata, answer, _query_label(run), reference.classes, run.unknown_below)
-    labels = answer["label"].where(answer["confidence"] >= run.unknown_below, UNASSIGNED)
+    sure = seen & (answer["confidence"] >= run.unknown_below)
+    labels = answer["label"].where(sure, UNASSIGNED)
     adata.obs["cellray_label"] = pd.Categorical(labels)
     adata.obs["cellray_confidence"] = answer["confidence"].to_numpy()
     adata.obs["cellray_distance"] = answer["distance"].to_numpy()

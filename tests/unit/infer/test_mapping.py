@@ -186,6 +186,25 @@ def test_queries_without_labels_are_not_scored(stores, model_folder, tmp_path):
         map_cells(run_of(stores, model_folder, tmp_path, query=wrong), tell([]))
 
 
+def test_a_query_without_counts_gets_no_label(stores, model_folder, tmp_path):
+    cells = ad.read_h5ad(stores / "queries.h5ad")
+    whole = map_cells(run_of(stores, model_folder, tmp_path), tell([]))
+    before = ad.read_h5ad(whole.path).obs
+    counts = cells.X.toarray() if hasattr(cells.X, "toarray") else np.asarray(cells.X).copy()
+    counts[4] = 0
+    cells.X = counts
+    cells.write_h5ad(tmp_path / "empty.h5ad")
+    query = {"h5ad": str(tmp_path / "empty.h5ad")}
+    said = []
+    found = map_cells(run_of(stores, model_folder, tmp_path, query=query), tell(said))
+    assert "1 of 45 cells have no counts of the model's genes" in "\n".join(said)
+    after = ad.read_h5ad(found.path).obs
+    assert after["cellray_label"].iloc[4] == "Unassigned"
+    assert after["cellray_confidence"].iloc[4] == 0
+    rest = np.arange(45) != 4
+    assert after["cellray_label"][rest].tolist() == before["cellray_label"][rest].tolist()
+
+
 def test_the_query_file_is_not_written_over(stores, model_folder, tmp_path):
     file = tmp_path / "mapped.h5ad"
     file.write_bytes((stores / "queries.h5ad").read_bytes())
