@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,22 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PANCREAS = REPOSITORY / "tests" / "data" / "pancreas"
 
 INTERRUPT = signal.getsignal(signal.SIGINT)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """A crash shows the stack of the thread that crashed, not those of all others before it."""
+    plugin = config.pluginmanager.get_plugin("faulthandler")
+    key = getattr(plugin, "fault_handler_stderr_fd_key", None)
+    if key is not None and key in config.stash:
+        faulthandler.enable(file=config.stash[key], all_threads=False)
+
+
+def pytest_collection_modifyitems(items):
+    """What needs Ray is marked so: `make test` runs it in a process of its own."""
+    for item in items:
+        if "ray_cluster" in item.fixturenames:
+            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(autouse=True)
