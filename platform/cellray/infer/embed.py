@@ -17,13 +17,13 @@ from cellray.core.errors import DataError
 from cellray.core.section import build_section
 from cellray.data.stats import check_coverage, coverage
 from cellray.data.tokens import TokenSource, tokenise_content, tokenizer_unit
-from cellray.infer.load import LoadedModel, load
+from cellray.infer.load import Flags, LoadedModel, load
 from cellray.train.prepare import Cells, encode, gene_map, select_cells
 
 if TYPE_CHECKING:
     from cellray.runs import EmbedRun
 
-__all__ = ["EmbedResult", "check_embed", "embed", "embed_cells", "token_source"]
+__all__ = ["EmbedResult", "check_embed", "embed", "embed_cells", "embed_seen", "token_source"]
 
 Say = Callable[[str], None]
 I64 = npt.NDArray[np.int64]
@@ -106,7 +106,22 @@ def embed_cells(
     say: Say | None = None,
 ) -> F32:
     """Embeddings (N, D), or with ``classify`` class probabilities (N, C), block by block."""
-    parts = []
+    return embed_seen(model, source, joinids, classify=classify, cells_micro=cells_micro, say=say)[
+        0
+    ]
+
+
+def embed_seen(
+    model: LoadedModel,
+    source: TokenSource,
+    joinids: I64,
+    *,
+    classify: bool = False,
+    cells_micro: int = 64,
+    say: Say | None = None,
+) -> tuple[F32, Flags]:
+    """As :func:`embed_cells`, and (N,) which cells have counts of the model's genes at all."""
+    parts, seen = [], []
     started = time.perf_counter()
     work = model.classify_tokens if classify else model.embed_tokens
     for start in range(0, len(joinids), _BLOCK_CELLS):
@@ -114,12 +129,13 @@ def embed_cells(
         block = source.store.read_block(part, source.gene_map)
         tokens = tokenise_content(model.tokenizer, block)
         parts.append(work(tokens, cells_micro=cells_micro, covariates=source.covariates(part)))
+        seen.append(np.diff(block.indptr) > 0)
         done = start + len(part)
         rate = done / (time.perf_counter() - started)
         if say:
             left = (len(joinids) - done) / rate
             say(f"{done}/{len(joinids)} cells  {rate:.0f} cells/s  ETA {left:.0f} s")
-    return np.concatenate(parts)
+    return np.concatenate(parts), np.concatenate(seen)
 
 
 def check_embed(run: EmbedRun) -> list[str]:

@@ -22,7 +22,7 @@ import pandas as pd
 
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.data.h5ad import H5adFile
-from cellray.infer.embed import embed_cells, token_source
+from cellray.infer.embed import embed_cells, embed_seen, token_source
 from cellray.infer.load import UNASSIGNED, LoadedModel, load
 from cellray.infer.reference import EMBEDDING, Origin, Reference, partial_of
 from cellray.metrics.classification import score_annotation
@@ -253,10 +253,7 @@ def _refuse_changed(found: Reference, section: ReferenceSection, cells: Cells) -
 def _query(
     run: MapRun, model: LoadedModel, say: Say
 ) -> tuple[ad.AnnData, F32, npt.NDArray[np.bool_]]:
-    """The query cells (with counts if they come from a file), their embedding, which have counts.
-
-    Of cells in a store all are taken to have some.
-    """
+    """The query cells (with counts if of a file), their embedding, and which have counts."""
     if run.query.data is None:
         with H5adFile(run.query.h5ad):
             pass  # says what is wrong with a file that anndata could not read
@@ -274,10 +271,15 @@ def _query(
     source, told = token_source(model, cells, allow_gene_loss=data.allow_gene_loss)
     for warning in told:
         say(f"warning: queries: {warning}")
-    vectors = embed_cells(model, source, cells.joinids, cells_micro=run.cells_micro, say=say)
+    vectors, seen = embed_seen(model, source, cells.joinids, cells_micro=run.cells_micro, say=say)
+    if not seen.all():
+        say(
+            f"warning: queries: {(~seen).sum():,} of {len(seen):,} cells have no counts of the "
+            "model's genes: nothing is known of them"
+        )
     obs = cells.obs.copy()
     obs.index = pd.Index(obs["soma_joinid"].astype(str), name="cell")
-    return ad.AnnData(obs=obs), vectors, np.ones(len(vectors), dtype=bool)
+    return ad.AnnData(obs=obs), vectors, seen
 
 
 def _query_cells(run: MapRun, model: LoadedModel) -> Cells:
@@ -449,10 +451,28 @@ def check_map(run: MapRun) -> list[str]:
         f"reference: {section.folder} ({told})",
     ]
     if run.query.data is None:
-        with H5adFile(run.query.h5ad) as file:
-            return [*lines, f"queries: {file.num_cells} cells of {run.query.h5ad}"]
+        return [*lines, *_check_file(run, model)]
     queries = _query_cells(run, model)
     _, warnings = token_source(model, queries, allow_gene_loss=run.query.data.allow_gene_loss)
     where = queries.store.uri
     lines.append(f"queries: {len(queries.joinids)} cells of {where}")
     return lines + [f"warning: {w}" for w in warnings]
+
+
+def _check_file(run: MapRun, model: LoadedModel) -> list[str]:
+    """Check a file of queries: its columns, genes and first cells."""
+    with H5adFile(run.query.h5ad) as file:
+        num_cells = file.num_cells
+    cells = ad.read_h5ad(run.query.h5ad, backed="r")
+    try:
+        _check_query_label(run, list(cells.obs.columns))
+        first = cells[:_BLOCK_CELLS].to_memory()
+    finally:
+        cells.file.close()
+    model.covariates_of(first.obs)
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always", UserWarning)
+        model.tokens(first, layer=run.query.layer or None)
+    where = "queries" if len(first) == num_cells else f"queries, the first {len(first):,}"
+    told = [f"queries: {num_cells} cells of {run.query.h5ad}"]
+    return told + [f"warning: {where}: {remark.message}" for remark in remarks]

@@ -203,6 +203,14 @@ def test_a_query_without_counts_gets_no_label(stores, model_folder, tmp_path):
     assert after["cellray_confidence"].iloc[4] == 0
     rest = np.arange(45) != 4
     assert after["cellray_label"][rest].tolist() == before["cellray_label"][rest].tolist()
+    ingest(IngestConfig(files=[str(tmp_path / "empty.h5ad")], uri=str(tmp_path / "empty")))
+    query = {"h5ad": "", "data": {"uri": str(tmp_path / "empty")}}
+    said = []
+    found = map_cells(run_of(stores, model_folder, tmp_path, query=query), tell(said))
+    assert "1 of 45 cells have no counts of the model's genes" in "\n".join(said)
+    stored = ad.read_h5ad(found.path).obs
+    assert stored["cellray_label"].tolist() == after["cellray_label"].tolist()
+    assert stored["cellray_confidence"].iloc[4] == 0
 
 
 def test_the_query_file_is_not_written_over(stores, model_folder, tmp_path):
@@ -225,6 +233,25 @@ def test_check_embeds_nothing_and_tells_what_there_is(stores, model_folder, tmp_
     assert (
         "queries: 45 cells of" in check_map(run_of(stores, model_folder, tmp_path, query=query))[2]
     )
+
+
+def test_check_reads_the_queries_of_a_file(stores, model_folder, tmp_path):
+    cells = ad.read_h5ad(stores / "queries.h5ad")
+    query = {"label": "cell_typ"}
+    with pytest.raises(ConfigError, match="query.label = 'cell_typ' is no obs column of the quer"):
+        check_map(run_of(stores, model_folder, tmp_path, query=query))
+    few = cells[:, : cells.n_vars - 1].copy()
+    few.X = few.X * 0.5
+    few.write_h5ad(tmp_path / "scaled.h5ad")
+    query = {"h5ad": str(tmp_path / "scaled.h5ad")}
+    with pytest.raises(DataError, match="raw counts"):
+        check_map(run_of(stores, model_folder, tmp_path, query=query))
+    cells.var_names = [f"other{i}" for i in range(cells.n_vars)]
+    cells.var = cells.var[[]]
+    cells.write_h5ad(tmp_path / "foreign.h5ad")
+    query = {"h5ad": str(tmp_path / "foreign.h5ad")}
+    with pytest.raises(DataError, match="gene"):
+        check_map(run_of(stores, model_folder, tmp_path, query=query))
 
 
 def test_what_a_run_lacks_is_refused(stores, model_folder, tmp_path):
