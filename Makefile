@@ -27,10 +27,8 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy platform/cellray
 
-# Two processes: native threads that Ray leaves behind stay out of the tests that do without it.
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not ray"
-	$(BIN)/python -m pytest -m "ray and not slow"
+	$(BIN)/python -m pytest
 
 slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow

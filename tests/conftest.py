@@ -16,6 +16,9 @@ PANCREAS = REPOSITORY / "tests" / "data" / "pancreas"
 
 INTERRUPT = signal.getsignal(signal.SIGINT)
 
+# What tests read with TileDB's own settings must not crash either, see cellray/data/storage.py.
+os.environ.setdefault("TILEDB_SM_QUERY_SPARSE_GLOBAL_ORDER_PREPROCESS_TILE_MERGE", "0")
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
@@ -24,13 +27,6 @@ def pytest_configure(config):
     key = getattr(plugin, "fault_handler_stderr_fd_key", None)
     if key is not None and key in config.stash:
         faulthandler.enable(file=config.stash[key], all_threads=False)
-
-
-def pytest_collection_modifyitems(items):
-    """What needs Ray is marked so: `make test` runs it in a process of its own."""
-    for item in items:
-        if "ray_cluster" in item.fixturenames:
-            item.add_marker(pytest.mark.ray)
 
 
 @pytest.fixture(autouse=True)

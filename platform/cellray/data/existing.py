@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import tiledbsoma
 
 from cellray.core.errors import DataError
 from cellray.data import schema
@@ -180,7 +179,7 @@ def read_existing(config: IngestConfig, target: Path) -> Existing:
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return Existing()
     store = open_store(str(target))
-    with tiledbsoma.open(str(target)) as experiment:
+    with open_experiment(str(target)) as experiment:
         if schema.META_FORMAT not in experiment.metadata:
             raise DataError(
                 f"'{target}' is a SOMA experiment that cellray did not write; ingest into "

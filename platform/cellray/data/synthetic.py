@@ -26,6 +26,7 @@ from cellray.data import schema
 from cellray.data.digest import cell_hashes, content_digest, hash64
 from cellray.data.locate import local_target
 from cellray.data.staging import staging
+from cellray.data.storage import open_soma
 from cellray.data.synthetic_biology import Biology, biology
 from cellray.data.synthetic_blocks import BlockJob, write_blocks
 from cellray.data.synthetic_cells import (
@@ -244,9 +245,9 @@ def refuse_existing(config: SynthesizeConfig) -> Path:
             "overwrite = true"
         )
     try:
-        with tiledbsoma.Experiment.open(str(target)) as experiment:
-            ours = META_SYNTHETIC in experiment.metadata
-    except (tiledbsoma.SOMAError, OSError):
+        with open_soma(str(target)) as found:
+            ours = META_SYNTHETIC in found.metadata
+    except DataError:
         ours = False
     if not ours:
         raise DataError(f"'{target}' is not a synthetic atlas: overwrite replaces nothing else")

@@ -18,6 +18,7 @@ import tiledbsoma
 
 from cellray.core.errors import DataError
 from cellray.data.digest import hash64
+from cellray.data.storage import context
 from cellray.data.synthetic_biology import Biology, biology
 from cellray.data.synthetic_cells import cell_facts, draw_counts
 from cellray.data.synthetic_config import SynthesizeConfig
@@ -28,8 +29,6 @@ __all__ = ["BlockDone", "BlockJob", "write_blocks"]
 
 I64 = npt.NDArray[np.int64]
 Range = tuple[int, int]
-
-_THREADS = {"sm.compute_concurrency_level": "1", "sm.io_concurrency_level": "1"}
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ def _write(job: BlockJob, first: int, last: int) -> BlockDone:
     atlas, gene_hashes = _atlas(job.config.model_dump_json())
     facts = cell_facts(atlas, np.arange(first, last, dtype=np.int64))
     block = draw_counts(atlas, facts, job.library_size)
-    context = tiledbsoma.SOMATileDBContext(tiledb_config=_THREADS)
-    with tiledbsoma.open(str(x_path(Path(job.place))), "w", context=context) as x:
+    with tiledbsoma.open(str(x_path(Path(job.place))), "w", context=context()) as x:
         write_block(x, block, first, job.config.num_genes)
     total = np.concatenate([[0.0], np.cumsum(block.data, dtype=np.float64)])
     return BlockDone(

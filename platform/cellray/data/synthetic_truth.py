@@ -24,6 +24,7 @@ from cellray.core.errors import DataError
 from cellray.core.section import to_dict
 from cellray.data import schema
 from cellray.data.locate import local_path, refuse_missing
+from cellray.data.storage import open_soma
 from cellray.data.synthetic_biology import Biology
 from cellray.data.synthetic_cells import labels
 from cellray.data.synthetic_config import SynthesizeConfig
@@ -224,7 +225,7 @@ def write_truth(place: Path, truth: Truth) -> None:
         group = experiment.ms[schema.MEASUREMENT].add_new_collection("uns")
         inner = group.add_new_collection("truth")
         for name in [*names, *_ARRAYS]:
-            with tiledbsoma.open(str(folder / name)) as member:
+            with open_soma(str(folder / name)) as member:
                 inner.set(name, member, use_relative_uri=True)
 
 
@@ -255,11 +256,7 @@ def load_truth(uri: str) -> Truth:
     if path is not None:
         refuse_missing(path)
     where = str(path) if path is not None else uri
-    try:
-        experiment = tiledbsoma.open(where)
-    except (tiledbsoma.SOMAError, OSError, RuntimeError) as error:
-        raise DataError(f"'{uri}' cannot be opened as a SOMA experiment: {error}") from error
-    with experiment:
+    with open_soma(where) as experiment:
         if META_SYNTHETIC not in experiment.metadata:
             raise DataError(
                 f"'{uri}' is not a synthetic atlas: no truth was planted in it. "

@@ -19,6 +19,7 @@ from scipy import sparse
 from cellray.data import schema, snapshot
 from cellray.data.sketch import NUM_BUCKETS, Sketch
 from cellray.data.staging import link_tree
+from cellray.data.storage import open_soma
 
 __all__ = [
     "create_groups",
@@ -78,13 +79,13 @@ def create_groups(
                 varm = group.add_new_collection("varm")
                 members.append((varm, schema.HISTOGRAM, histogram))
         for parent, name, path in members:
-            with tiledbsoma.open(str(path)) as member:
+            with open_soma(str(path)) as member:
                 parent.set(name, member, use_relative_uri=True)
-        with tiledbsoma.open(str(place / "obs")) as obs:
+        with open_soma(str(place / "obs")) as obs:
             cells = int(obs.count)
         genes = {}
         for name in measurements:
-            with tiledbsoma.open(str(measurement_path(place, name) / "var")) as var:
+            with open_soma(str(measurement_path(place, name) / "var")) as var:
                 genes[name] = int(var.count)
         stamped = snapshot.stamp(ledger, cells=cells, genes=genes)
         experiment.metadata[schema.META_LEDGER] = json.dumps(stamped)

@@ -75,6 +75,13 @@ def test_our_defaults_and_the_users_settings_reach_tiledb():
     assert config["sm.compute_concurrency_level"] == "1"
 
 
+def test_tiles_are_not_merged_by_tasks_that_outlive_the_read():
+    """With them TileDB 2.30 crashes now and then: tests/benchmarks/tile_merge.py."""
+    for remote in (False, True):
+        config = storage.context(remote=remote).tiledb_config
+        assert config["sm.query.sparse_global_order.preprocess_tile_merge"] == "0"
+
+
 @pytest.mark.parametrize("key", ["nonsense.key", "vfs.s3.regoin", "", "sm.x"])
 def test_a_setting_that_tiledb_does_not_know_is_refused(key):
     with pytest.raises(ConfigError, match=f"tiledb has no setting '{key}'"):
