@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from cellray.core.errors import DataError
@@ -30,7 +31,7 @@ def open_experiment(uri: str, options: Settings = (), *, at_ms: int | None = Non
     if path is not None:
         refuse_missing(path)
     try:
-        found = open_soma(uri, options, at_ms=at_ms)
+        found = _open(uri, path, options, at_ms)
     except DataError as error:
         if error.__cause__ is None or path is not None:
             _refuse_absent(uri, options, at_ms)
@@ -42,6 +43,16 @@ def open_experiment(uri: str, options: Settings = (), *, at_ms: int | None = Non
     if at_ms is not None and not {"obs", "ms"} <= set(found):
         _refuse_early(uri, options, at_ms)
     return found
+
+
+def _open(uri: str, path: Path | None, options: Settings, at_ms: int | None) -> Any:
+    try:
+        return open_soma(uri, options, at_ms=at_ms)
+    except DataError:
+        if path is None:
+            raise
+        refuse_missing(path)  # an append may have put a new store in its place since the look
+        return open_soma(uri, options, at_ms=at_ms)
 
 
 def _refuse_absent(uri: str, options: Settings, at_ms: int | None) -> None:

@@ -3,26 +3,35 @@
     <uri>.ingesting/lock         held while an ingest runs; released by the system if it dies
     <uri>.ingesting/experiment   the new store, being built
     <uri>.ingesting/parts        what is finished of it (:mod:`cellray.data.parts`)
-    <uri>.ingesting/previous     the old store, between the two renames of the swap
+    <uri>.ingesting/previous     the old store, between the two renames of a swap
 
-A store at ``<uri>`` is therefore always whole. An ingest that died or failed leaves the staging
+Where the system can exchange two folders at once (Linux, most local file systems), a reader never
+finds nothing at ``<uri>``; elsewhere it waits for the second of two renames. A store at ``<uri>``
+is therefore always whole. An ingest that died or failed leaves the staging
 folder if a part was finished; the next one takes it over, moves the old store back if it was caught
 between the renames, and uses those parts that it needs too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from cellray.core.errors import DataError
 from cellray.data.schema import STAGING_SUFFIX
 
 __all__ = ["link_tree", "parts_of", "staging", "staging_of"]
+
+# numbers of renameat2(2)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def staging_of(target: Path) -> Path:
@@ -75,9 +84,32 @@ def _clear(folder: Path, *, published: bool) -> None:
         shutil.rmtree(folder / "experiment", ignore_errors=True)
 
 
+@lru_cache(maxsize=1)
+def _renameat2() -> Any:
+    """The system's call, or None where there is none."""
+    found = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    if found is not None:
+        found.argtypes = (
+            ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint
+        )  # fmt: skip
+        found.restype = ctypes.c_int
+    return found
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders take each other's place at once; whether the system could."""
+    call = _renameat2()
+    if call is None:
+        return False
+    names = os.fsencode(one), os.fsencode(other)
+    return bool(call(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0)
+
+
 def _publish(target: Path, folder: Path) -> None:
     previous = folder / "previous"
     if target.exists():
+        if _exchange(folder / "experiment", target):
+            return
         target.rename(previous)
     try:
         (folder / "experiment").rename(target)

@@ -388,11 +388,33 @@ def test_a_failing_swap_puts_the_old_store_back(one, two, tmp_path, monkeypatch)
             raise OSError("disk on fire")
         return real(self, target)
 
+    monkeypatch.setattr(staging_module, "_exchange", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises((DataError, OSError), match="disk on fire"):
         run(two, uri)
     monkeypatch.undo()
     assert tree(uri) == before
+
+
+def test_a_store_is_exchanged_for_the_next_at_once(tmp_path, monkeypatch):
+    """No moment without a store, where the system can; two renames where it cannot."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    if not staging_module._exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("not run: this file system does not exchange folders")
+    assert [(tmp_path / n / "x").read_text() for n in ("one", "other")] == ["other", "one"]
+    assert not staging_module._exchange(tmp_path / "one", tmp_path / "none")
+
+    def rename(self, target):
+        raise AssertionError(f"'{self}' is renamed")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with staging_module.staging(tmp_path / "one") as place:
+        place.mkdir()
+        (place / "x").write_text("new")
+    assert (tmp_path / "one" / "x").read_text() == "new"
+    assert not staging_module.staging_of(tmp_path / "one").exists()
 
 
 def test_two_ingests_into_one_store_do_not_mix(one, two, tmp_path):

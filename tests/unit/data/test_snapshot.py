@@ -10,7 +10,7 @@ from cells_by_hand import dense, make_counts
 from scipy import sparse
 
 from cellray.core.errors import ConfigError, DataError
-from cellray.data import snapshot, storage
+from cellray.data import opening, snapshot, storage
 from cellray.data.ingest import IngestConfig, ingest
 from cellray.data.soma import open_store
 from helpers_census import census_counts, census_obs, write_organism
@@ -130,6 +130,24 @@ def test_reading_goes_on_while_the_store_is_appended_to(tmp_path, write_h5ad):
     writer.join()
     assert reads > 1
     assert open_store(uri).num_cells == 100
+
+
+def test_a_store_that_is_replaced_while_it_is_opened_is_opened_again(
+    tmp_path, write_h5ad, monkeypatch
+):
+    uri = str(tmp_path / "s")
+    ingest(IngestConfig(files=[write_h5ad("one.h5ad", ONE, prefix="a")], uri=uri))
+    real, tries = opening.open_soma, []
+
+    def once_amiss(*args, **keys):
+        tries.append(1)
+        if len(tries) == 1:
+            raise DataError("it is not a valid TileDB array or group")
+        return real(*args, **keys)
+
+    monkeypatch.setattr(opening, "open_soma", once_amiss)
+    assert open_store(uri).num_cells == 40
+    assert len(tries) == 2
 
 
 def grow_in_place(uri, counts, first):
