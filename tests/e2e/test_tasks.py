@@ -12,6 +12,7 @@ from cellray.core.section import merge
 from cellray.infer.load import load
 from cellray.runs import build_run, run_job
 from cellray.train.answers import ANSWERS_DIR
+from cellray.train.cell_log import read_cell_log
 from cellray.train.saving import committed
 from helpers_cells import known_cells
 from helpers_runs import finetune_raw, pretrain_run, progress
@@ -46,7 +47,7 @@ def test_integration_trains_every_part_and_scores_the_embedding(pretrained, smal
         tmp_path,
         {"name": "integration", "batch": "donor", "num_genes": 30},
         init_from=pretrained,
-        train={"steps": 30, "log_every_steps": 10, "eval_every_steps": 10},
+        train={"steps": 30, "log_every_steps": 10, "eval_every_steps": 10, "log_cells": True},
         checkpoint={"every_steps": 10},
     )
     result = run_job(run, said.append)
@@ -64,7 +65,12 @@ def test_integration_trains_every_part_and_scores_the_embedding(pretrained, smal
     model = load(result.trained.model_dir)
     norms = model.backbone.domain_norm.norms
     assert len(norms) == 4
-    assert all(int(norm.num_batches_tracked) == best["step"] for norm in norms)
+    log = read_cell_log(result.trained.run_dir)
+    steps = [number for number in log if number <= best["step"]]
+    donors = [log[number]["cells"][0] % 4 for number in steps]
+    assert len(steps) == best["step"]
+    counted = [sum((d == donor).any() for d in donors) for donor in range(4)]
+    assert [int(norm.num_batches_tracked) for norm in norms] == counted
     assert len({tuple(norm.running_mean.tolist()) for norm in norms}) == 4
     assert model.manifest.classes == []
 
