@@ -50,8 +50,8 @@ _DEFAULTS = {
     "soma.init_buffer_bytes": str(_BUFFER_BYTES),
     "sm.mem.tile_upper_memory_limit": str(_TILE_BYTES),
     # TileDB 2.30 sorts the tiles of a read in tasks of which it does not await the last: one that
-    # the system puts aside returns into memory that is freed, and the process crashes, in minutes
-    # on a busy machine (tests/benchmarks/tile_merge.py). 0 leaves out the tasks.
+    # the system puts aside returns into memory that is freed, and now and then the process crashes
+    # (tests/benchmarks/tile_merge.py makes it). 0 leaves out the tasks.
     "sm.query.sparse_global_order.preprocess_tile_merge": "0",
     # Of a busy object store some requests fail or hang. TileDB asks again after 25 ms, 50 ms,
     # 100 ms ...: 8 tries are 3.2 s of patience, its own 5 are 0.4 s. A request that delivers

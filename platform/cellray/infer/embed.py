@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,36 +106,41 @@ def embed_cells(
     say: Say | None = None,
 ) -> F32:
     """Embeddings (N, D), or with ``classify`` class probabilities (N, C), block by block."""
-    return embed_seen(model, source, joinids, classify=classify, cells_micro=cells_micro, say=say)[
-        0
-    ]
+    work = model.classify_tokens if classify else model.embed_tokens
+    return np.concatenate([p for p, _ in _blocks(model, source, joinids, work, cells_micro, say)])
 
 
 def embed_seen(
+    model: LoadedModel, source: TokenSource, joinids: I64, *, cells_micro: int = 64, say: Say
+) -> tuple[F32, Flags]:
+    """Embeddings (N, D), and (N,) which cells have counts of the model's genes at all."""
+    parts, seen = zip(
+        *_blocks(model, source, joinids, model.embed_tokens, cells_micro, say), strict=True
+    )
+    return np.concatenate(parts), np.concatenate(seen)
+
+
+def _blocks(
     model: LoadedModel,
     source: TokenSource,
     joinids: I64,
-    *,
-    classify: bool = False,
-    cells_micro: int = 64,
-    say: Say | None = None,
-) -> tuple[F32, Flags]:
-    """As :func:`embed_cells`, and (N,) which cells have counts of the model's genes at all."""
-    parts, seen = [], []
+    work: Callable[..., F32],
+    cells_micro: int,
+    say: Say | None,
+) -> Iterator[tuple[F32, Flags]]:
+    """What ``work`` gives for the tokens of each block, and which of its cells have counts."""
     started = time.perf_counter()
-    work = model.classify_tokens if classify else model.embed_tokens
     for start in range(0, len(joinids), _BLOCK_CELLS):
         part = joinids[start : start + _BLOCK_CELLS]
         block = source.store.read_block(part, source.gene_map)
         tokens = tokenise_content(model.tokenizer, block)
-        parts.append(work(tokens, cells_micro=cells_micro, covariates=source.covariates(part)))
-        seen.append(np.diff(block.indptr) > 0)
-        done = start + len(part)
-        rate = done / (time.perf_counter() - started)
+        done = work(tokens, cells_micro=cells_micro, covariates=source.covariates(part))
+        yield done, np.diff(block.indptr) > 0
+        number = start + len(part)
+        rate = number / (time.perf_counter() - started)
         if say:
-            left = (len(joinids) - done) / rate
-            say(f"{done}/{len(joinids)} cells  {rate:.0f} cells/s  ETA {left:.0f} s")
-    return np.concatenate(parts), np.concatenate(seen)
+            left = (len(joinids) - number) / rate
+            say(f"{number}/{len(joinids)} cells  {rate:.0f} cells/s  ETA {left:.0f} s")
 
 
 def check_embed(run: EmbedRun) -> list[str]:

@@ -34,7 +34,15 @@ from cellray.models.base import (
 from cellray.tokenizers.base import Tokenizer
 from cellray.train.checkpoint import Manifest, model_of, read_checkpoint
 
-__all__ = ["UNASSIGNED", "LoadedModel", "block_of", "checked_cutoff", "load", "local_folder"]
+__all__ = [
+    "UNASSIGNED",
+    "LoadedModel",
+    "block_of",
+    "checked_cutoff",
+    "load",
+    "local_folder",
+    "without_counts",
+]
 
 UNASSIGNED = "Unassigned"  # the label of a cell that no class is sure of
 
@@ -61,6 +69,14 @@ def block_of(adata: ad.AnnData, vocab: Vocab, *, layer: str | None = None) -> Ce
         DataError: counts that are not raw, or no gene in common with the vocabulary.
     """
     return _covered_block(adata, vocab, layer)[0]
+
+
+def without_counts(empty: int, num_cells: int) -> str:
+    """What is said of cells of which the model sees nothing."""
+    return (
+        f"{empty:,} of {num_cells:,} cells have no counts of the model's genes: nothing is known "
+        "of them"
+    )
 
 
 def _covered_block(
@@ -294,10 +310,7 @@ class LoadedModel:
         cut = covered.longer_than(limit, unit.when_longer)
         empty = covered.genes_per_cell.count(0)
         if empty:
-            remarks.append(
-                f"{empty:,} of {covered.cells_sampled:,} cells have no counts of the model's "
-                "genes: nothing is known of them"
-            )
+            remarks.append(without_counts(empty, covered.cells_sampled))
         return [*remarks, cut] if cut else remarks
 
     def covariates_of(self, obs: pd.DataFrame) -> dict[str, npt.NDArray[np.int64]]:

@@ -23,7 +23,7 @@ import pandas as pd
 from cellray.core.errors import ConfigError, DataError, did_you_mean
 from cellray.data.h5ad import H5adFile
 from cellray.infer.embed import embed_cells, embed_seen, token_source
-from cellray.infer.load import UNASSIGNED, LoadedModel, load
+from cellray.infer.load import UNASSIGNED, LoadedModel, load, without_counts
 from cellray.infer.reference import EMBEDDING, Origin, Reference, partial_of
 from cellray.metrics.classification import score_annotation
 from cellray.metrics.refusal import score_refusal
@@ -273,10 +273,7 @@ def _query(
         say(f"warning: queries: {warning}")
     vectors, seen = embed_seen(model, source, cells.joinids, cells_micro=run.cells_micro, say=say)
     if not seen.all():
-        say(
-            f"warning: queries: {(~seen).sum():,} of {len(seen):,} cells have no counts of the "
-            "model's genes: nothing is known of them"
-        )
+        say(f"warning: queries: {without_counts(int((~seen).sum()), len(seen))}")
     obs = cells.obs.copy()
     obs.index = pd.Index(obs["soma_joinid"].astype(str), name="cell")
     return ad.AnnData(obs=obs), vectors, seen
